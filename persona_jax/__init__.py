@@ -1,0 +1,1 @@
+"""A lab for persona drift: rollouts, rewards, RL and activation capping."""
