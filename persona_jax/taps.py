@@ -1,0 +1,82 @@
+"""Named places in a Flax model where activations are read and edited.
+
+`edited` and `keep` take an `apply` and give an `apply`. Both enter
+`nn.intercept_methods` inside the function that they return, so that `jax.jit`
+traces it: a context around an already compiled function is silently ignored.
+
+The outermost transformation acts last: `keep(edited(apply, cap), read)` reads
+capped activations, `edited(keep(apply, read), cap)` reads them before the cap.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+ACTS = 'acts'  # the collection that `keep` fills
+
+
+class Tap(nn.Module):
+  """Returns its input: a place called `name`, found once in every layer."""
+
+  def __call__(self, x):
+    return x
+
+
+def edited(apply: Callable, edit: Callable, at: str = 'resid') -> Callable:
+  """`apply`, with `edit(tap, x) -> x` at every tap called `at`.
+
+  An edit reads this layer's arrays from the variable collection `edits`
+  (`tap.get_variable('edits', ...)`): new values never recompile.
+  """
+
+  def interceptor(next_fun, args, kwargs, context):
+    x = next_fun(*args, **kwargs)
+    return edit(context.module, x) if _is_tap(context.module, at) else x
+
+  def apply_edited(*args, **kwargs):
+    with nn.intercept_methods(interceptor):
+      return apply(*args, **kwargs)
+
+  return apply_edited
+
+
+def keep(apply: Callable, read: Callable, at: str = 'resid') -> Callable:
+  """`apply`, which also returns `read(tap, x)` of every tap called `at`.
+
+  The result is `(result of apply, kept)`; `kept` has a leading layer axis, so
+  `read` should reduce: pool, project, or count, never return `[B, S, D]`.
+  """
+
+  def sow(tap, x):
+    tap.sow(ACTS, 'kept', read(tap, x), reduce_fn=lambda _, new: new)
+    return x
+
+  sowing = edited(apply, sow, at)
+
+  def apply_keeping(*args, **kwargs):
+    result, state = sowing(*args, mutable=[ACTS], **kwargs)
+    return result, _stacked(state[ACTS], at)
+
+  return apply_keeping
+
+
+def _is_tap(module, at):
+  return isinstance(module, Tap) and module.name == at
+
+
+def _stacked(acts, at):
+  if 'layers' in acts:
+    return _find(acts['layers'], at)['kept']
+  layers = [_find(acts[f'layers_{i}'], at)['kept'] for i in range(len(acts))]
+  return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+
+def _find(tree, at):
+  if at in tree:
+    return tree[at]
+  for below in tree.values():
+    if isinstance(below, dict) and (found := _find(below, at)) is not None:
+      return found
+  return None
