@@ -1,0 +1,6 @@
+"""Language models: decoders, their checkpoints and their tokenizers."""
+
+from persona_jax.models.config import DecoderConfig
+from persona_jax.models.load import LanguageModel, load, save
+
+__all__ = ['DecoderConfig', 'LanguageModel', 'load', 'save']
