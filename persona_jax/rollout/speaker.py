@@ -1,0 +1,62 @@
+"""Who speaks, about what: the inputs of a rollout."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int, Key, PyTree
+
+from persona_jax.rollout.sampling import Sampling
+
+
+@struct.dataclass
+class Speaker:
+  """A voice: a model as functions, its variables, its way of sampling.
+
+  The functions are static: build them once, or every call compiles anew.
+  Give unstacked variables (`trees.unstack_layers`): decoding reads each
+  layer's weights where they lie.
+  """
+
+  variables: PyTree
+  sampling: Sampling
+  apply: Callable = struct.field(pytree_node=False)
+  unembed: Callable = struct.field(pytree_node=False)
+  memory: Callable = struct.field(pytree_node=False)  # (batch, size) -> cache
+
+  def read(self, cache, tokens, positions):
+    """The normed hidden states of `tokens`, and the cache with them."""
+    return self.apply(self.variables, tokens, positions, cache)
+
+  def logits(self, hidden):
+    """float32 logits of the next token."""
+    return self.unembed(self.variables, hidden)
+
+
+@struct.dataclass
+class Scenario:
+  """B beginnings of a dialogue: two prompts and the first line.
+
+  A prompt holds all tokens before the first line (`Chat.prompt_ids`); the
+  opener's prompt ends with the cue that it answers.
+  """
+
+  ids: Int[Array, ' B']
+  samples: Int[Array, ' B']  # tells apart dialogues of the same scenario
+  prompts: Int[Array, 'B 2 P']
+  prompt_length: Int[Array, 'B 2']
+  opening: Int[Array, 'B T']
+  opening_length: Int[Array, ' B']
+  live: Bool[Array, ' B']
+
+  def keys(self, key: Key[Array, '']) -> Key[Array, ' B']:
+    """A key per row, by scenario and sample, never by place in the batch."""
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    by_scenario = fold(key, self.ids)
+    return jax.vmap(jax.random.fold_in)(by_scenario, self.samples)
+
+
+def take(scenario: Scenario, rows: Int[Array, ' R']) -> Scenario:
+  """Some rows of `scenario`."""
+  return jax.tree.map(lambda x: jnp.asarray(x)[rows], scenario)
