@@ -1,0 +1,94 @@
+"""A judge that is asked whether a line fits, and answers yes or no."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from persona_jax.dialogue import POLICY
+from persona_jax.rewards import tokens as texts
+from persona_jax.shapes import Array, Int, PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """One way to ask: the tokens at the end, and what the answers mean."""
+
+  tail: Int[Array, ' C']
+  good: Int[Array, ' Y']  # first tokens of answers that mean it fits
+  bad: Int[Array, ' Z']
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """A chat model as a judge, and its wording as tokens (`text.wording`).
+
+  The score is log P(it fits) - log P(it does not), averaged over questions
+  that swap the options: a taste for one word or one place cancels.
+  """
+
+  variables: PyTree
+  head: Int[Array, ' A']  # all before the first text
+  middle: Int[Array, ' M']  # between the two texts
+  questions: tuple[Question, ...]
+  strip: tuple[int, int] = dataclasses.field(metadata={'static': True})
+  apply: Callable = dataclasses.field(metadata={'static': True})
+  unembed: Callable = dataclasses.field(metadata={'static': True})
+  who: int = dataclasses.field(default=POLICY, metadata={'static': True})
+
+
+def verdict(judge: Verdict) -> Partial:
+  """`Dialogue -> Float[B N]`: log-odds that a line fits the persona.
+
+  The line is shown alone, as in https://arxiv.org/abs/2511.00222. `strip` of
+  the judge says how many tokens of a prompt stand around the persona's text.
+  """
+  return Partial(_verdict, judge)
+
+
+def pair_verdict(judge: Verdict) -> Partial:
+  """`Dialogue -> Float[B N N]`: log-odds that line n agrees with line i."""
+  return Partial(_pair_verdict, judge)
+
+
+def ask(judge: Verdict, first, second):
+  """Log-odds `[B]` that `second` fits `first`: pairs of tokens and lengths."""
+  batch = first[1].shape[0]
+  scores = []
+  for question in judge.questions:
+    text = texts.joined(
+      judge.head, first, judge.middle, second, question.tail, batch=batch
+    )
+    hidden, _ = judge.apply(judge.variables, text.tokens, text.positions)
+    at = jnp.take_along_axis(hidden, text.last()[:, None, None], axis=1)
+    logits = judge.unembed(judge.variables, at[:, 0])
+    scores.append(
+      jax.nn.logsumexp(logits[:, question.good], axis=1)
+      - jax.nn.logsumexp(logits[:, question.bad], axis=1)
+    )
+  return sum(scores) / len(scores)
+
+
+def _verdict(judge, dialogue):
+  before, after = judge.strip
+  persona = dialogue.prompts[:, judge.who, before:]
+  length = dialogue.prompt_length[:, judge.who] - before - after
+  scores = jnp.zeros(dialogue.length.shape, jnp.float32)
+  for n in range(judge.who, dialogue.length.shape[1], 2):
+    line = (dialogue.tokens[:, n], dialogue.body[:, n])
+    scores = scores.at[:, n].set(ask(judge, (persona, length), line))
+  return jnp.where(dialogue.spoken(judge.who), scores, 0.0)
+
+
+def _pair_verdict(judge, dialogue):
+  batch, lines, _ = dialogue.tokens.shape
+  scores = jnp.zeros((batch, lines, lines), jnp.float32)
+  line = [(dialogue.tokens[:, n], dialogue.body[:, n]) for n in range(lines)]
+  for n in range(judge.who, lines, 2):
+    for i in range(judge.who, n, 2):
+      scores = scores.at[:, n, i].set(ask(judge, line[i], line[n]))
+  return scores
