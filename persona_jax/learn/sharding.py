@@ -1,0 +1,52 @@
+"""Where arrays lie: a mesh, and rules over the names of parameters."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from persona_jax import trees
+
+AXES = ('data', 'fsdp', 'tensor')
+
+RULES = (  # first match wins; the first axis of a layer's array is the layer
+  (r'embed/embedding', P('tensor', 'fsdp')),
+  (r'layers/(attn/[qkv]|mlp/(gate|up))/kernel', P(None, 'tensor', 'fsdp')),
+  (r'layers/(attn/o|mlp/down)/kernel', P(None, 'fsdp', 'tensor')),
+  (r'layers/attn/[qkv]/bias', P(None, 'tensor')),
+  (r'', P()),
+)
+
+
+def make_mesh(shape: dict[str, int] | None = None) -> Mesh:
+  """A mesh of Auto axes; by default all devices on `fsdp`.
+
+  Raises:
+    ValueError: an unknown axis, or sizes that do not multiply to the devices.
+  """
+  devices = jax.devices()
+  shape = {'fsdp': len(devices)} if shape is None else dict(shape)
+  unknown = set(shape) - set(AXES)
+  sizes = [shape.get(axis, 1) for axis in AXES]
+  if unknown or np.prod(sizes) != len(devices):
+    raise ValueError(
+      f'the mesh {shape} does not fit {len(devices)} devices; give sizes of '
+      f'{AXES} whose product is {len(devices)}.'
+    )
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def state_shardings(state, mesh: Mesh, rules=RULES):
+  """Shardings of a train state; moments lie where their parameters lie."""
+  return trees.shardings(state, mesh, rules)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over both the data and the fsdp axis."""
+  return NamedSharding(mesh, P(('data', 'fsdp')))
+
+
+def init_sharded(init, mesh: Mesh, *args, rules=RULES):
+  """`init(*args)`: shapes, then shardings, then arrays in their places."""
+  shardings = trees.shardings(jax.eval_shape(init, *args), mesh, rules)
+  return jax.jit(init, out_shardings=shardings)(*args)

@@ -1,0 +1,107 @@
+"""One update, for any algorithm, on any mesh."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Int, PyTree
+
+from persona_jax.learn.logprobs import token_logprobs
+from persona_jax.learn.losses import Batch
+
+
+@struct.dataclass
+class TrainState:
+  """What a step changes."""
+
+  step: Int[Array, '']
+  params: PyTree
+  opt_state: PyTree
+
+
+def init_state(params: PyTree, optimizer) -> TrainState:
+  """The state before the first step."""
+  return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def policy_loss(
+  apply, unembed, loss, variables: PyTree, *, temperature: float, chunk: int
+) -> Callable:
+  """`loss_fn(params, batch, weights)` of a policy with `apply`.
+
+  `variables` holds what is not trained, such as `edits`: the learner applies
+  the caps that the rollout applied, or its ratios would be wrong.
+  """
+
+  def loss_fn(params, batch: Batch, weights):
+    full = {**variables, 'params': params}
+    hidden, _ = apply(full, batch.tokens, batch.positions)
+    logprobs = token_logprobs(
+      unembed,
+      full,
+      hidden,
+      batch.before,
+      batch.actions,
+      temperature=temperature,
+      chunk=chunk,
+    )
+    return loss(logprobs, batch, weights)
+
+  return loss_fn
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  weights,
+  *,
+  loss_fn: Callable,
+  optimizer,
+  microbatches: int = 1,
+) -> tuple[TrainState, dict]:
+  """One update; `loss_fn(params, batch, weights)` gives (loss, metrics).
+
+  Microbatches are read one after the other; `weights` sum to one over the
+  whole batch, so their sums are what one batch gives.
+
+  Raises:
+    ValueError: the batch does not divide into `microbatches`.
+  """
+  grads, metrics = _gradient(
+    state.params, batch, weights, loss_fn, microbatches
+  )
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics |= {
+    'norm/grads': optax.tree.norm(grads),
+    'norm/updates': optax.tree.norm(updates),
+  }
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _gradient(params, batch, weights, loss_fn, microbatches):
+  value = jax.value_and_grad(loss_fn, has_aux=True)
+  if microbatches == 1:
+    (loss, metrics), grads = value(params, batch, weights)
+    return grads, {'loss': loss, **metrics}
+  rows = weights.shape[0]
+  if rows % microbatches:
+    raise ValueError(
+      f'a batch of {rows} does not divide into {microbatches} microbatches.'
+    )
+  split = jax.tree.map(
+    lambda x: x.reshape(microbatches, -1, *x.shape[1:]), (batch, weights)
+  )
+
+  def add(total, part):
+    (loss, metrics), grads = value(params, *part)
+    return jax.tree.map(jnp.add, total, (grads, {'loss': loss, **metrics})), ()
+
+  first = jax.tree.map(lambda x: x[0], split)
+  (shape, aux), grads = jax.eval_shape(value, params, *first)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), (grads, {'loss': shape, **aux})
+  )
+  return jax.lax.scan(add, zeros, split)[0]
