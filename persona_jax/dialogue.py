@@ -56,7 +56,7 @@ class Dialogue:
     """The tokens of the text: no stop tokens."""
     return _within(self.tokens, self.body) & self.live[:, None, None]
 
-  def spoken(self, who: int) -> Bool[Array, 'B N']:
+  def spoken(self, who: int | Int[Array, '']) -> Bool[Array, 'B N']:
     """The lines of one speaker that hold at least one token."""
     own = jnp.broadcast_to(self.who[None] == who, self.length.shape)
     return own & (self.body > 0) & self.live[:, None]
@@ -143,12 +143,11 @@ def _compact(tokens, valid, before):
 
 
 def _within(tokens, length):
-  return jnp.arange(tokens.shape[-1]) < jnp.expand_dims(length, -1)
+  slot = jax.lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
+  return slot < jnp.expand_dims(length, -1)
 
 
-def concatenate(dialogues: list[Dialogue]) -> Dialogue:
-  """Batches of one shape, one after the other; `who` is shared."""
-  who = dialogues[0].who
-  rows = [dataclasses.replace(d, who=None) for d in dialogues]
-  joined = jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
-  return dataclasses.replace(joined, who=who)
+def rows(dialogue: Dialogue, choose) -> Dialogue:
+  """`choose(x)` of every array that has a row a dialogue."""
+  chosen = jax.tree.map(choose, dataclasses.replace(dialogue, who=None))
+  return dataclasses.replace(chosen, who=dialogue.who)

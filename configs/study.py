@@ -1,0 +1,79 @@
+"""The study: persona space, drift, RL, capping, and the answer."""
+
+import ml_collections
+
+
+def get_config(arg: str = 'laptop'):
+  """`laptop` for two CPU cores, `full` for one GPU, `tiny` for tests."""
+  c = ml_collections.ConfigDict()
+  c.name = f'study:{arg}'
+  c.model = 'smollm2-135m'
+  c.dtype = 'float32'
+  c.seed = 0
+  c.space = dict(
+    roles=64,
+    prompts=1,  # of the two that each archetype has
+    questions=3,  # a prompt
+    default_questions=6,  # under each of the five default prompts
+    tokens=24,  # longest reply
+  )
+  c.rollout = dict(
+    batch=16,  # rows of every program
+    lines=6,  # of both speakers, the opening included
+    tokens=24,  # longest line
+    prompt_tokens=112,  # longest prompt that ships has 105
+    temperature=0.8,
+  )
+  c.judges = dict(lines=96, pairs=48, line_tokens=32)
+  c.rl = dict(
+    algorithm='grpo',
+    steps=4,
+    group=4,  # dialogues of one scenario; batch / group scenarios a step
+    learning_rate=1e-5,
+    kl=0.02,
+    max_grad_norm=1.0,
+    microbatches=1,
+    chunk=512,  # tokens whose logits exist at a time
+    save_every=2,
+    rewards=dict(prompt_to_line=1.0, line_to_line=0.5),
+  )
+  c.cap = dict(
+    hold='persona',  # or 'assistant'
+    percentile=25.0,  # of the held side; smaller is stronger
+    first=0.4,  # of the depth
+    last=0.7,
+  )
+  c.evaluation = dict(dialogues=16, personas='')  # '': those that ship
+  c.capability = dict(questions=40, stretch=64)
+  c.controls = dict(random_cap=True, shuffled_rl=False)
+  if arg == 'full':
+    _full(c)
+  elif arg == 'tiny':
+    _tiny(c)
+  elif arg != 'laptop':
+    raise ValueError(
+      f'study:{arg} is no size; give study:laptop, study:full or study:tiny.'
+    )
+  return c.lock()
+
+
+def _full(c):
+  c.dtype = 'bfloat16'
+  c.space.update(
+    roles=81, prompts=2, questions=12, default_questions=48, tokens=96
+  )
+  c.rollout.update(batch=128, lines=16, tokens=64)
+  c.judges.update(lines=144, pairs=72)
+  c.rl.update(steps=200, group=8, microbatches=4, save_every=20)
+  c.evaluation.dialogues = 256
+  c.capability.questions = 80
+  c.controls.shuffled_rl = True
+
+
+def _tiny(c):
+  c.space.update(roles=4, questions=1, default_questions=1, tokens=4)
+  c.rollout.update(batch=4, lines=3, tokens=8)
+  c.judges.update(lines=6, pairs=4, line_tokens=24)
+  c.rl.update(steps=2, group=2, save_every=1)
+  c.evaluation.dialogues = 4
+  c.capability.update(questions=2, stretch=256)

@@ -1,0 +1,225 @@
+"""From words to arrays: scenarios, judges' tokens, labelled dialogues."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from persona_jax import rewards
+from persona_jax.dialogue import PARTNER, POLICY, Dialogue, Frame
+from persona_jax.rollout import Scenario
+from persona_jax.text import corpus, wording
+from persona_jax.text.chat import Chat
+
+KINDS = ('consistent', 'contradicts')
+
+
+class Script(NamedTuple):
+  """One conversation to hold: who, with whom, and how it begins."""
+
+  persona: corpus.Persona
+  partner: corpus.Partner
+  opening: str
+  index: int  # names its random keys
+
+
+def scripts(
+  split: str, count: int, *, personas=None, seed: int = 0
+) -> list[Script]:
+  """`count` scripts of a split; kinds of partner take turns.
+
+  Persona i meets partner i + round, so that with enough scripts every persona
+  meets every kind.
+  """
+  people, kinds = corpus.personas(split, personas), corpus.partners()
+  order = np.random.default_rng(seed).permutation(len(people))
+  found = []
+  for i in range(count):
+    round_, place = divmod(i, len(people))
+    partner = kinds[(place + round_) % len(kinds)]
+    opening = partner.openings[i % len(partner.openings)]
+    found.append(Script(people[order[place]], partner, opening, i))
+  return found
+
+
+def frame(chat: Chat) -> Frame:
+  """The chat template's pieces as arrays."""
+  pieces = chat.frame()
+  return Frame(
+    heard_to_own=jnp.asarray(pieces.user_to_own, jnp.int32),
+    own_to_heard=jnp.asarray(pieces.own_to_user, jnp.int32),
+  )
+
+
+def scenario(
+  chat: Chat,
+  wanted: list[Script],
+  *,
+  prompt_tokens: int,
+  line_tokens: int,
+  samples: int = 1,
+  rows: int | None = None,
+) -> Scenario:
+  """Scripts as arrays, `samples` rows each, filled up to `rows` with idle ones.
+
+  Raises:
+    ValueError: a prompt or an opening does not fit.
+  """
+  told = [(s, sample) for s in wanted for sample in range(samples)]
+  rows = rows or len(told)
+  idle = rows - len(told)
+  told += [told[0]] * idle
+  cue = chat.encode(wording.CUE)
+  prompts = {PARTNER: [], POLICY: []}
+  for script, _ in told:
+    prompts[PARTNER].append(chat.prompt_ids(script.partner.prompt) + cue)
+    prompts[POLICY].append(chat.prompt_ids(script.persona.prompt))
+  names = {
+    PARTNER: [f'the {s.partner.kind} partner' for s, _ in told],
+    POLICY: [f'the persona {s.persona.name!r}' for s, _ in told],
+  }
+  padded = {
+    who: _padded(prompts[who], prompt_tokens, names[who], 'prompt_tokens')
+    for who in (PARTNER, POLICY)
+  }
+  openings = [chat.encode(script.opening) for script, _ in told]
+  opening, length = _padded(
+    openings, line_tokens, [s.opening for s, _ in told], 'tokens', cut=True
+  )
+  return Scenario(
+    ids=np.array([script.index for script, _ in told], np.int32),
+    samples=np.array([sample for _, sample in told], np.int32),
+    prompts=np.stack([padded[PARTNER][0], padded[POLICY][0]], 1),
+    prompt_length=np.stack([padded[PARTNER][1], padded[POLICY][1]], 1),
+    opening=opening,
+    opening_length=length,
+    live=np.arange(rows) < rows - idle,
+  )
+
+
+def labelled(
+  chat: Chat, lines, *, prompt_tokens: int, line_tokens: int
+) -> Dialogue:
+  """Labelled lines as dialogues: the question, then the line."""
+  prompt, prompt_length = _padded(
+    [chat.prompt_ids(line.persona) for line in lines],
+    prompt_tokens,
+    [line.persona for line in lines],
+    'prompt_tokens',
+  )
+  said = [(line.question, line.line) for line in lines]
+  return _dialogue(chat, said, prompt, prompt_length, line_tokens)
+
+
+def labelled_pairs(chat: Chat, pairs, *, line_tokens: int) -> Dialogue:
+  """Pairs of lines as dialogues: cue, first, cue, second."""
+  ask = wording.ANY_LINE
+  empty = np.zeros((len(pairs), 1), np.int32)
+  said = [(ask, pair.first, ask, pair.second) for pair in pairs]
+  return _dialogue(chat, said, empty, empty[:, 0], line_tokens)
+
+
+def _dialogue(chat, said, prompt, prompt_length, size):
+  texts = [chat.encode(line) for lines in said for line in lines]
+  names = [line for lines in said for line in lines]
+  tokens, length = _padded(texts, size, names, 'line_tokens', cut=True)
+  rows, lines = len(said), len(said[0])
+  tokens, length = tokens.reshape(rows, lines, size), length.reshape(rows, -1)
+  return Dialogue(
+    tokens=tokens,
+    length=length,
+    stopped=np.zeros((rows, lines), bool),
+    logprobs=np.zeros(tokens.shape, np.float32),
+    raw_logprobs=np.zeros(tokens.shape, np.float32),
+    who=np.arange(lines) % 2,
+    prompts=np.stack([prompt, prompt], 1),
+    prompt_length=np.stack([prompt_length, prompt_length], 1),
+    scenario=np.arange(rows),
+    sample=np.zeros(rows, np.int32),
+    live=np.ones(rows, bool),
+  )
+
+
+class Judges(NamedTuple):
+  """Uncalibrated scores: `likelihood` trains, `verdict` does not."""
+
+  likelihood: jax.tree_util.Partial  # Dialogue -> [B N]
+  verdict: jax.tree_util.Partial
+  pair_likelihood: jax.tree_util.Partial  # Dialogue -> [B N N]
+  pair_verdict: jax.tree_util.Partial
+
+
+def judges(model, chat: Chat) -> Judges:
+  """The judges that one chat model can be."""
+  ids = lambda text: jnp.asarray(text, jnp.int32)
+  likely = rewards.Likelihood(
+    variables=model.variables,
+    frame=frame(chat),
+    neutral=ids(chat.prompt_ids(wording.NEUTRAL)),
+    cue=ids(chat.encode(wording.ANY_LINE)),
+    apply=model.apply,
+    unembed=model.unembed,
+  )
+  to_line = _asking(model, chat, wording.PROMPT_TO_LINE)
+  between = _asking(model, chat, wording.LINE_TO_LINE)
+  return Judges(
+    likelihood=rewards.likelihood(likely),
+    verdict=rewards.verdict(to_line),
+    pair_likelihood=rewards.pair_likelihood(likely),
+    pair_verdict=rewards.pair_verdict(between),
+  )
+
+
+def _asking(model, chat, ask: wording.Ask) -> rewards.Verdict:
+  pieces = chat.frame()
+  ids = lambda tokens: jnp.asarray(tokens, jnp.int32)
+  answers = lambda words: ids(sorted({chat.encode(word)[0] for word in words}))
+  questions = tuple(
+    rewards.Question(
+      tail=ids([*chat.encode(tail), *pieces.user_to_own]),
+      good=answers(good),
+      bad=answers(bad),
+    )
+    for tail, good, bad in zip(ask.tails, ask.good, ask.bad, strict=True)
+  )
+  return rewards.Verdict(
+    variables=model.variables,
+    head=ids([*pieces.no_system, *chat.encode(ask.head)]),
+    middle=ids(chat.encode(ask.middle)),
+    questions=questions,
+    strip=(len(pieces.before_system), len(pieces.system_to_user)),
+    apply=model.apply,
+    unembed=model.unembed,
+  )
+
+
+def texts(chat: Chat, dialogue: Dialogue) -> list[list[str]]:
+  """The lines of every live dialogue, in words."""
+  tokens, body = np.asarray(dialogue.tokens), np.asarray(dialogue.body)
+  return [
+    [
+      chat.decode(tokens[b, n, : body[b, n]].tolist())
+      for n in range(tokens.shape[1])
+    ]
+    for b in range(tokens.shape[0])
+    if dialogue.live[b]
+  ]
+
+
+def pad_to(ids: list[list[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Token lists as `[B size]` and their lengths."""
+  return _padded(ids, size, [''] * len(ids), 'size')
+
+
+def _padded(rows, size, names, field, *, cut=False):
+  """Rows of tokens side by side; too long is an error, or is cut short."""
+  tokens = np.zeros((len(rows), size), np.int32)
+  for i, row in enumerate(rows):
+    if len(row) > size and not cut:
+      raise ValueError(
+        f'{names[i]} takes {len(row)} tokens, more than {field}={size}; '
+        'shorten it or raise the limit.'
+      )
+    tokens[i, : len(row)] = row[:size]
+  return tokens, np.array([min(len(row), size) for row in rows], np.int32)

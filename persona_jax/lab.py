@@ -1,0 +1,194 @@
+"""A model with everything compiled around it: what the programs share."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from persona_jax import data, masked, models, rollout, taps, trees
+from persona_jax.activations import edits, space
+from persona_jax.dialogue import POLICY, Dialogue, view
+from persona_jax.learn.logprobs import token_logprobs
+from persona_jax.models import cache as caches
+from persona_jax.rollout import Sampling, Scenario, Speaker
+from persona_jax.text.chat import Chat
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lab:
+  """One chat model, and the programs that are compiled once for it."""
+
+  model: models.LanguageModel
+  chat: Chat
+  batch: int  # rows of every program; the rest of a batch idles
+  temperature: float
+
+  @property
+  def layers(self) -> int:
+    return self.model.config.layers
+
+  @functools.cached_property
+  def apply(self):
+    """The model with whatever caps its variables hold."""
+    return taps.edited(self.model.apply, edits.stored)
+
+  @functools.cached_property
+  def free(self) -> Any:
+    """Caps that never act."""
+    return edits.no_caps(self.layers, self.model.config.features)
+
+  @functools.cached_property
+  def frame(self):
+    return data.frame(self.chat)
+
+  @functools.cached_property
+  def base(self) -> Any:
+    """The untrained model's variables, free, as `apply` takes them."""
+    return self.variables(self.model.variables['params'], self.free)
+
+  def variables(self, params, caps) -> Any:
+    """Stacked variables, for whole passes."""
+    return {'params': params, 'edits': caps}
+
+  def speaker(self, variables) -> Speaker:
+    """Unstacked variables, for decoding; a copy of the weights."""
+    return Speaker(
+      variables=_unstack(variables),
+      sampling=Sampling.of(
+        self.batch, self.model.stop_ids, temperature=self.temperature
+      ),
+      apply=self.apply,
+      unembed=self.model.unembed,
+      memory=self._memory,
+    )
+
+  @functools.cached_property
+  def partner(self) -> Speaker:
+    """The untrained, free model as a speaker."""
+    return self.speaker(self.base)
+
+  @functools.cached_property
+  def _memory(self):
+    return functools.partial(caches.empty, self.model.config)
+
+  @functools.cached_property
+  def converse(self):
+    """`rollout.converse`, compiled; `lines` and `tokens` are static."""
+    return jax.jit(rollout.converse, static_argnames=('lines', 'tokens'))
+
+  @functools.cached_property
+  def reply(self):
+    """`rollout.reply`, compiled; `tokens` is static."""
+    return jax.jit(rollout.reply, static_argnames='tokens')
+
+  @functools.cached_property
+  def pooled(self):
+    """`(variables, tokens, positions, mask) -> [L B D]`, compiled."""
+    return jax.jit(functools.partial(space.pooled, self.apply))
+
+  @functools.cached_property
+  def read_lines(self):
+    """`(variables, dialogue) -> ([L B N], [L B N])`, compiled.
+
+    Means over each line of the projection on the stored probe, and of the
+    share of tokens at which a cap acted.
+    """
+
+    def read(variables, dialogue):
+      seen = view(dialogue, POLICY, self.frame)
+      reading = space.read_axis(
+        self.model.apply, variables, seen.tokens, seen.positions
+      )
+      return tuple(_by_line(x, seen, dialogue) for x in reading)
+
+    return jax.jit(read)
+
+  @functools.cached_property
+  def continuation(self):
+    """`(variables, tokens, length, start) -> [B]`, compiled.
+
+    Mean log-probability of each text from its token `start` on.
+    """
+
+    def score(variables, tokens, length, start):
+      slots = jnp.arange(tokens.shape[1])[None]
+      inside = slots < length[:, None]
+      positions = jnp.where(inside, slots, -1)
+      hidden, _ = self.apply(variables, tokens, positions)
+      before = jnp.broadcast_to(slots[:, :-1], tokens[:, 1:].shape)
+      logprobs = token_logprobs(
+        self.model.unembed, variables, hidden, before, tokens[:, 1:]
+      )
+      mask = inside[:, 1:] & (slots[:, 1:] >= start[:, None])
+      return masked.mean(logprobs, mask, axis=1)
+
+    return jax.jit(score)
+
+  @functools.cached_property
+  def score(self):
+    """`(judge or reward, dialogue) -> array`, compiled."""
+    return jax.jit(lambda judge, dialogue: judge(dialogue))
+
+  def talk(
+    self, key, speakers, scenario: Scenario, *, lines: int, tokens: int
+  ) -> Dialogue:
+    """A conversation; both speakers use this model's chat template."""
+    return self.converse(
+      key,
+      speakers,
+      (self.frame, self.frame),
+      scenario,
+      lines=lines,
+      tokens=tokens,
+    )
+
+
+def open_lab(config, *, progress=None) -> Lab:
+  """The lab of a config: its model, loaded."""
+  model = models.load(
+    config.model, dtype=jnp.dtype(config.dtype), progress=progress
+  )
+  chat = Chat(model.tokenizer, model.template, model.special)
+  return Lab(model, chat, config.rollout.batch, config.rollout.temperature)
+
+
+def band(config, layers: int) -> tuple[int, int]:
+  """The capped layers, from shares of the depth."""
+  return round(config.cap.first * layers), round(config.cap.last * layers)
+
+
+@jax.jit
+def _unstack(variables):
+  return trees.unstack_layers(variables)
+
+
+def _by_line(values, seen, dialogue):
+  """Means `[L B N]` over the body of each line of `values` `[L B S]`.
+
+  Token t of a line lies one slot after the one that predicts it.
+  """
+  layers, batch, _ = values.shape
+  slots = jnp.minimum(seen.before + 1, values.shape[2] - 1)
+  flat = jnp.broadcast_to(
+    slots.reshape(1, batch, -1), (layers, batch, slots[0].size)
+  )
+  tokens = jnp.take_along_axis(values.astype(jnp.float32), flat, axis=2)
+  tokens = tokens.reshape(layers, *slots.shape)
+  mask = dialogue.body_mask
+  count = jnp.maximum(jnp.sum(mask, 2), 1)
+  total = jnp.einsum('lbnt,bnt->lbn', tokens, mask.astype(jnp.float32))
+  return total / jnp.broadcast_to(count, total.shape)
+
+
+def batches(count: int, size: int):
+  """Slices of `size` rows that cover `count`."""
+  return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+
+def fill(x: np.ndarray, rows: int) -> np.ndarray:
+  """`x` with its first row repeated until it has `rows` rows."""
+  missing = rows - x.shape[0]
+  return np.concatenate([x, np.repeat(x[:1], missing, axis=0)])
