@@ -42,6 +42,7 @@ def get_config(arg: str = 'laptop'):
     percentile=25.0,  # of the held side; smaller is stronger
     first=0.4,  # of the depth
     last=0.7,
+    first_position=1,  # 0 would cap the attention sink too
   )
   c.evaluation = dict(dialogues=16, personas='')  # '': those that ship
   c.capability = dict(questions=40, stretch=64)

@@ -133,10 +133,12 @@ def _bounded(lab, config, pooled, axis, name) -> Directions:
     sha256=lab.model.sha256,
     low=low,
     high=high,
+    first_position=config.cap.first_position,
     calibration=(
       f'{name}; hold={config.cap.hold}, percentile {config.cap.percentile} '
       f'of response means of all {pooled.shape[0]} role and default replies; '
-      f'layers [{layers[0]}, {layers[1]})'
+      f'layers [{layers[0]}, {layers[1]}), from position '
+      f'{config.cap.first_position} on'
     ),
   )
 
@@ -147,6 +149,7 @@ def caps(directions: Directions):
     jnp.asarray(directions.vectors),
     jnp.asarray(directions.low),
     jnp.asarray(directions.high),
+    first=directions.first_position,
   )
 
 

@@ -9,6 +9,7 @@ capped activations, `edited(keep(apply, read), cap)` reads them before the cap.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,13 @@ ACTS = 'acts'  # the collection that `keep` fills
 
 
 class Tap(nn.Module):
-  """Returns its input: a place called `name`, found once in every layer."""
+  """Returns its input: a place called `name`, found once in every layer.
+
+  `positions` [B T] tells an edit where in the text each token of its input
+  stands; -1 is padding.
+  """
+
+  positions: Any = None
 
   def __call__(self, x):
     return x
@@ -29,7 +36,12 @@ def edited(apply: Callable, edit: Callable, at: str = 'resid') -> Callable:
 
   An edit reads this layer's arrays from the variable collection `edits`
   (`tap.get_variable('edits', ...)`): new values never recompile.
+
+  Raises:
+    ValueError: `apply` is jitted, so that edits might not reach its program.
   """
+  if hasattr(apply, 'lower'):
+    raise ValueError(f'{apply} is jitted; edit it first and jit the result.')
 
   def interceptor(next_fun, args, kwargs, context):
     x = next_fun(*args, **kwargs)
@@ -47,6 +59,9 @@ def keep(apply: Callable, read: Callable, at: str = 'resid') -> Callable:
 
   The result is `(result of apply, kept)`; `kept` has a leading layer axis, so
   `read` should reduce: pool, project, or count, never return `[B, S, D]`.
+
+  Raises:
+    ValueError: when called, if no tap is called `at`.
   """
 
   def sow(tap, x):
@@ -57,6 +72,8 @@ def keep(apply: Callable, read: Callable, at: str = 'resid') -> Callable:
 
   def apply_keeping(*args, **kwargs):
     result, state = sowing(*args, mutable=[ACTS], **kwargs)
+    if ACTS not in state:
+      raise ValueError(f'no tap of the model is called {at!r}.')
     return result, _stacked(state[ACTS], at)
 
   return apply_keeping

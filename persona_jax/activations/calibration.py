@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import Float
 
-PERSONA, ASSISTANT = 'persona', 'assistant'
+SIDES = PERSONA, ASSISTANT = 'persona', 'assistant'
 QUARTILE = 25  # of the side that the cap holds (paper, appendix G.4)
 
 
@@ -27,7 +27,7 @@ def bounds(
     ValueError: an unknown side, or a band that does not fit the layers.
   """
   layers = projections.shape[1]
-  if hold not in (PERSONA, ASSISTANT):
+  if hold not in SIDES:
     raise ValueError(
       f'hold={hold!r} is no side of the axis; give {PERSONA!r} (a ceiling) '
       f'or {ASSISTANT!r} (a floor).'

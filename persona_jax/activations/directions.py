@@ -25,6 +25,7 @@ class Directions:
   pooling: str = 'mean over response tokens'
   low: Float[np.ndarray, ' L'] | None = None  # bounds on the unit vector
   high: Float[np.ndarray, ' L'] | None = None
+  first_position: int = 0  # of the text, from which on the bounds hold
   calibration: str = ''  # which distribution and percentile gave the bounds
 
   def __post_init__(self):

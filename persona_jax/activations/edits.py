@@ -55,7 +55,9 @@ def stored(tap, x):
   """
   if tap.has_variable('edits', 'cap'):
     bound = tap.get_variable('edits', 'cap')
-    x = cap(x, bound['axis'], bound['low'], bound['high'])
+    capped = cap(x, bound['axis'], bound['low'], bound['high'])
+    inside = jnp.broadcast_to(_reached(tap, bound, x)[..., None], x.shape)
+    x = jnp.where(inside, capped, x)
   if tap.has_variable('edits', 'steer'):
     x = steer(x, tap.get_variable('edits', 'steer')['vector'])
   return x
@@ -67,14 +69,26 @@ def cap_acts(tap, x: Float[Array, '*B D']) -> Bool[Array, '*B']:
     return jnp.zeros(x.shape[:-1], bool)
   bound = tap.get_variable('edits', 'cap')
   along = projection(x, bound['axis'])
-  return (along < bound['low']) | (along > bound['high'])
+  beyond = (along < bound['low']) | (along > bound['high'])
+  return beyond & _reached(tap, bound, x)
 
 
 def caps(
-  axis: Float[Array, 'L D'], low: Float[Array, ' L'], high: Float[Array, ' L']
+  axis: Float[Array, 'L D'],
+  low: Float[Array, ' L'],
+  high: Float[Array, ' L'],
+  *,
+  first: int = 0,
 ) -> PyTree:
-  """The collection `edits` with one cap a layer; `axis` is normalised here."""
-  return _at_site('cap', axis=unit(axis), low=_wide(low), high=_wide(high))
+  """The collection `edits` with one cap a layer; `axis` is normalised here.
+
+  Caps act from position `first` of the text on. The paper's is 0, every
+  token; 1 spares the attention sink, whose norm is a hundred times that of
+  other tokens in small models, and which a bound for those would destroy.
+  """
+  bounds = {'low': _wide(low), 'high': _wide(high)}
+  start = jnp.full(axis.shape[0], first, jnp.int32)
+  return _at_site('cap', axis=unit(axis), first=start, **bounds)
 
 
 def no_caps(layers: int, features: int) -> PyTree:
@@ -114,3 +128,9 @@ def _at_site(kind, **arrays):
 def _wide(x):
   # A weakly typed leaf would trace a second time.
   return jnp.asarray(x, jnp.float32)
+
+
+def _reached(tap, bound, x):
+  if tap.positions is None:
+    return jnp.ones(x.shape[:-1], bool)
+  return tap.positions >= bound['first']

@@ -48,7 +48,10 @@ def functions(
     table = params['embed']['embedding']
     kernel = table if config.tied else params['unembed']['kernel']
     return jnp.einsum(
-      '...d,vd->...v', hidden, kernel, preferred_element_type=jnp.float32
+      '...d,vd->...v',
+      hidden,
+      kernel.astype(hidden.dtype),
+      preferred_element_type=jnp.float32,
     )
 
   return Functions(apply, unembed)
@@ -84,6 +87,7 @@ class Decoder(nn.Module):
     if cache is not None:
       cache = caches.claim(cache, positions)
     context = Context(
+      positions=positions,
       rope=rope_angles(positions, config),
       mask=attention_mask(positions, cache),
       start=None if cache is None else cache.end - tokens.shape[1],
@@ -124,6 +128,7 @@ class Decoder(nn.Module):
 class Context(NamedTuple):
   """What every layer of one pass shares."""
 
+  positions: Int[Array, 'B T']
   rope: tuple[Float[Array, 'B T E'], Float[Array, 'B T E']]  # cosine, sine
   mask: Bool[Array, 'B T S']
   start: Int[Array, ''] | None  # the slot of the first token
@@ -138,12 +143,13 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, memory, context: Context):
     norm = functools.partial(RMSNorm, self.config.norm_eps)
+    tap = functools.partial(Tap, context.positions)
     attn, memory = Attention(self.config, self.dtype, name='attn')(
       norm(name='attn_norm')(x), memory, context
     )
-    x = x + Tap(name='attn_out')(attn)
+    x = x + tap(name='attn_out')(attn)
     mlp = MLP(self.config, self.dtype, name='mlp')(norm(name='mlp_norm')(x))
-    return Tap(name='resid')(x + Tap(name='mlp_out')(mlp)), memory
+    return tap(name='resid')(x + tap(name='mlp_out')(mlp)), memory
 
 
 class Attention(nn.Module):
@@ -168,7 +174,7 @@ class Attention(nn.Module):
       keys = write(memory[0], keys, context.start)
       values = write(memory[1], values, context.start)
       memory = (keys, values)
-    weights = Tap(name='attn_weights')(
+    weights = Tap(context.positions, name='attn_weights')(
       attention_weights(queries, keys, context.mask)
     )
     mixed = attention_mix(weights, values.astype(self.dtype))
