@@ -21,7 +21,8 @@ def weighted(terms: dict[str, tuple[float, Reward]]) -> Reward:
   if not terms:
     raise ValueError('weighted({}) has no term; give at least one reward.')
   weights = {name: jnp.float32(weight) for name, (weight, _) in terms.items()}
-  return Partial(_add, weights, {name: fn for name, (_, fn) in terms.items()})
+  rewards = {name: _as_leaves(fn) for name, (_, fn) in terms.items()}
+  return Partial(_add, weights, rewards)
 
 
 def shuffled(
@@ -33,6 +34,11 @@ def shuffled(
   return jax.vmap(jax.random.permutation, in_axes=(0, 1), out_axes=1)(
     keys, rewards
   )
+
+
+def _as_leaves(reward):
+  # A plain function is no argument of a jitted program; a Partial is.
+  return reward if isinstance(reward, Partial) else Partial(reward)
 
 
 def _add(weights, rewards, dialogue):

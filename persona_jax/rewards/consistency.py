@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from persona_jax.dialogue import POLICY
-from persona_jax.shapes import Array, Bool, Float
+from persona_jax.shapes import Array, Bool, Float, Int
 
 
 def worst(
@@ -54,7 +54,7 @@ def line_to_line(
   return Partial(_line_to_line, Partial(reduce), jnp.int32(who), judge, fit)
 
 
-def earlier_pairs(dialogue, who: int) -> Bool[Array, 'B N N']:
+def earlier_pairs(dialogue, who: int | Int[Array, '']) -> Bool[Array, 'B N N']:
   """`[b, n, i]`: lines n and i are the speaker's, and i came first."""
   spoken = dialogue.spoken(who)
   before = jnp.tril(jnp.ones((spoken.shape[1],) * 2, bool), -1)

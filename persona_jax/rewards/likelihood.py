@@ -11,6 +11,7 @@ from persona_jax import dialogue as dialogues
 from persona_jax import masked
 from persona_jax.dialogue import POLICY, Dialogue, Frame, View
 from persona_jax.rewards import tokens as texts
+from persona_jax.rewards.consistency import earlier_pairs
 from persona_jax.shapes import Array, Int, PyTree
 
 
@@ -85,7 +86,7 @@ def _pair_likelihood(judge, dialogue):
     for i in range(judge.who, n, 2):
       gain = _said_after(judge, line[n], line[i]) - alone
       scores = scores.at[:, n, i].set(gain)
-  return scores
+  return jnp.where(earlier_pairs(dialogue, judge.who), scores, 0.0)
 
 
 def _said_after(judge, line, *earlier):
@@ -105,5 +106,5 @@ def _said_after(judge, line, *earlier):
   logits = judge.unembed(
     judge.variables, jnp.concatenate([before, own], axis=1)
   )
-  mask = jnp.arange(size) < length[:, None]
+  mask = jnp.arange(size)[None] < length[:, None]
   return masked.mean(texts.logprobs(logits, tokens), mask, axis=1)

@@ -31,7 +31,7 @@ def joined(*pieces, batch: int) -> Text:
   for piece in pieces:
     if isinstance(piece, tuple):
       text, length = piece
-      inside = jnp.arange(text.shape[1]) < length[:, None]
+      inside = jnp.arange(text.shape[1])[None] < length[:, None]
     else:
       text = jnp.broadcast_to(piece, (batch, piece.size))
       inside = jnp.ones((batch, piece.size), bool)

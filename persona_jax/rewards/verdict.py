@@ -9,6 +9,7 @@ from jax.tree_util import Partial
 
 from persona_jax.dialogue import POLICY
 from persona_jax.rewards import tokens as texts
+from persona_jax.rewards.consistency import earlier_pairs
 from persona_jax.shapes import Array, Int, PyTree
 
 
@@ -51,7 +52,10 @@ def verdict(judge: Verdict) -> Partial:
 
 
 def pair_verdict(judge: Verdict) -> Partial:
-  """`Dialogue -> Float[B N N]`: log-odds that line n agrees with line i."""
+  """`Dialogue -> Float[B N N]`: log-odds that line n agrees with line i.
+
+  Zero where n and i are not both the speaker's, or i is not before n.
+  """
   return Partial(_pair_verdict, judge)
 
 
@@ -91,4 +95,4 @@ def _pair_verdict(judge, dialogue):
   for n in range(judge.who, lines, 2):
     for i in range(judge.who, n, 2):
       scores = scores.at[:, n, i].set(ask(judge, line[i], line[n]))
-  return scores
+  return jnp.where(earlier_pairs(dialogue, judge.who), scores, 0.0)

@@ -71,20 +71,24 @@ def draw(
   pad = -probabilities.shape[1] % _BLOCK
   blocks = jnp.pad(probabilities, ((0, 0), (0, pad)))
   blocks = blocks.reshape(blocks.shape[0], -1, _BLOCK)
-  ends = jnp.cumsum(jnp.sum(blocks, axis=-1), axis=-1)
+  sums = jnp.sum(blocks, axis=-1)
+  ends = jnp.cumsum(sums, axis=-1)
   point = uniform * ends[:, -1]
-  block = _first_beyond(ends, point)
+  block = _first_beyond(sums, ends, point)
   before = _at(jnp.pad(ends, ((0, 0), (1, 0))), block)
   within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
   inside = jnp.cumsum(within, axis=-1)
-  # Rounding may leave the point just beyond the block, or on padding.
-  point = jnp.minimum(point - before, inside[:, -1] * (1 - 1e-6))
-  return block * _BLOCK + _first_beyond(inside, point)
+  return block * _BLOCK + _first_beyond(within, inside, point - before)
 
 
-def _first_beyond(ends, point):
-  index = jnp.sum(ends <= point[:, None], axis=-1)
-  return jnp.minimum(index, ends.shape[1] - 1)
+def _first_beyond(sizes, ends, point):
+  """The first entry with a size whose end lies beyond the point.
+
+  Rounding may place a point beyond the last end, or in an entry of size zero:
+  a token that was cut must not be drawn once in 1e7.
+  """
+  point = jnp.minimum(point, ends[:, -1] * (1 - 1e-6))
+  return jnp.argmax((sizes > 0) & (ends > point[:, None]), axis=-1)
 
 
 def _cut(logits, sampling):
