@@ -13,6 +13,7 @@ from persona_jax.activations import edits, space
 from persona_jax.dialogue import POLICY, Dialogue, view
 from persona_jax.learn.logprobs import token_logprobs
 from persona_jax.models import cache as caches
+from persona_jax.models import decoder
 from persona_jax.rollout import Sampling, Scenario, Speaker
 from persona_jax.text.chat import Chat
 
@@ -25,6 +26,7 @@ class Lab:
   chat: Chat
   batch: int  # rows of every program; the rest of a batch idles
   temperature: float
+  dtype: Any  # of the computation; parameters stay as they were loaded
 
   @property
   def layers(self) -> int:
@@ -56,7 +58,7 @@ class Lab:
   def speaker(self, variables) -> Speaker:
     """Unstacked variables, for decoding; a copy of the weights."""
     return Speaker(
-      variables=_unstack(variables),
+      variables=_unstack(variables, self.dtype),
       sampling=Sampling.of(
         self.batch, self.model.stop_ids, temperature=self.temperature
       ),
@@ -72,7 +74,9 @@ class Lab:
 
   @functools.cached_property
   def _memory(self):
-    return functools.partial(caches.empty, self.model.config)
+    return functools.partial(
+      caches.empty, self.model.config, dtype=self.dtype
+    )
 
   @functools.cached_property
   def converse(self):
@@ -147,12 +151,14 @@ class Lab:
 
 
 def open_lab(config, *, progress=None) -> Lab:
-  """The lab of a config: its model, loaded."""
-  model = models.load(
-    config.model, dtype=jnp.dtype(config.dtype), progress=progress
-  )
+  """The lab of a config: float32 parameters, computing in `config.dtype`."""
+  dtype = jnp.dtype(config.dtype)
+  loaded = models.load(config.model, progress=progress)
+  apply, unembed = decoder.functions(loaded.config, dtype=dtype)
+  model = dataclasses.replace(loaded, apply=apply, unembed=unembed)
   chat = Chat(model.tokenizer, model.template, model.special)
-  return Lab(model, chat, config.rollout.batch, config.rollout.temperature)
+  size = config.rollout
+  return Lab(model, chat, size.batch, size.temperature, dtype)
 
 
 def band(config, layers: int) -> tuple[int, int]:
@@ -160,9 +166,10 @@ def band(config, layers: int) -> tuple[int, int]:
   return round(config.cap.first * layers), round(config.cap.last * layers)
 
 
-@jax.jit
-def _unstack(variables):
-  return trees.unstack_layers(variables)
+@functools.partial(jax.jit, static_argnums=1)
+def _unstack(variables, dtype):
+  cast = jax.tree.map(lambda x: x.astype(dtype), variables['params'])
+  return trees.unstack_layers({**variables, 'params': cast})
 
 
 def _by_line(values, seen, dialogue):

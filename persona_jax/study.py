@@ -20,11 +20,12 @@ from persona_jax import (
   data,
   evaluate,
   lab,
+  learn,
   metrics,
   report,
   train,
 )
-from persona_jax.activations import Directions
+from persona_jax.activations import Directions, calibration
 from persona_jax.analysis.calibration import Calibration
 from persona_jax.text import corpus
 
@@ -66,6 +67,19 @@ def check(config):
     raise ValueError(
       f'rollout.batch={config.rollout.batch} does not divide into groups of '
       f'rl.group={config.rl.group}.'
+    )
+  known = {
+    'cap.hold': (config.cap.hold, calibration.SIDES),
+    'rl.algorithm': (config.rl.algorithm, tuple(learn.ALGORITHMS)),
+    'dtype': (config.dtype, ('float32', 'bfloat16')),
+  }
+  for field, (value, choices) in known.items():
+    if value not in choices:
+      raise ValueError(f'{field}={value!r} is unknown; give one of {choices}.')
+  if not 0 <= config.cap.first < config.cap.last <= 1:
+    raise ValueError(
+      f'cap.first={config.cap.first}, cap.last={config.cap.last}: the band '
+      'needs 0 <= first < last <= 1, as shares of the depth.'
     )
 
 
@@ -154,6 +168,7 @@ class Study:
   def model(self) -> dict:
     with self.bar('Model', 1) as advance:
       model = self.lab.model
+      self._check_words()
       advance()
     leaves = jax.tree.leaves(model.variables)
     return {
@@ -255,6 +270,18 @@ class Study:
     metrics.write_json(self.workdir / 'results.json', results)
     report.write(results, self.workdir / 'report.html')
     return results
+
+  def _check_words(self):
+    """Turns every prompt into tokens: what does not fit fails at once."""
+    size = self.config.rollout
+    trained = len(corpus.personas('train'))
+    for scripts in (self.scripts, data.scripts('train', trained)):
+      data.scenario(
+        self.lab.chat,
+        scripts,
+        prompt_tokens=size.prompt_tokens,
+        line_tokens=size.tokens,
+      )
 
   def _arms(self, title, names) -> dict:
     rows = len(self.scripts) + 2  # two advances for capability
