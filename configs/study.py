@@ -20,14 +20,15 @@ def get_config(arg: str = 'laptop'):
   c.rollout = dict(
     batch=16,  # rows of every program
     lines=6,  # of both speakers, the opening included
-    tokens=24,  # longest line
+    tokens=26,  # longest line; the longest opening that ships has 26
     prompt_tokens=112,  # longest prompt that ships has 105
     temperature=0.8,
   )
-  c.judges = dict(lines=96, pairs=48, line_tokens=32)
+  c.judges = dict(lines=96, pairs=48)  # labelled ones to score
   c.rl = dict(
     algorithm='grpo',
     steps=4,
+    lines=4,  # of a training dialogue
     group=4,  # dialogues of one scenario; batch / group scenarios a step
     learning_rate=1e-5,
     kl=0.02,
@@ -65,7 +66,7 @@ def _full(c):
   )
   c.rollout.update(batch=128, lines=16, tokens=64)
   c.judges.update(lines=144, pairs=72)
-  c.rl.update(steps=200, group=8, microbatches=4, save_every=20)
+  c.rl.update(steps=200, lines=16, group=8, microbatches=4, save_every=20)
   c.evaluation.dialogues = 256
   c.capability.questions = 80
   c.controls.shuffled_rl = True
@@ -73,8 +74,8 @@ def _full(c):
 
 def _tiny(c):
   c.space.update(roles=4, questions=1, default_questions=1, tokens=4)
-  c.rollout.update(batch=4, lines=3, tokens=8)
-  c.judges.update(lines=6, pairs=4, line_tokens=24)
-  c.rl.update(steps=2, group=2, save_every=1)
+  c.rollout.update(batch=4, lines=3, tokens=26)
+  c.judges.update(lines=6, pairs=4)
+  c.rl.update(steps=2, lines=3, group=2, save_every=1)
   c.evaluation.dialogues = 4
   c.capability.update(questions=2, stretch=256)

@@ -134,6 +134,7 @@ def words(found: list[dict], gap_: dict, trust: dict, hold: str) -> dict:
       'The gap toward the Assistant does not exclude zero, so no share of it '
       'can be said to be closed by RL.'
     )
+  sentences.append(_chance(found))
   sentences.append(_hold(hold))
   sentences += _believe(trust)
   return {
@@ -199,6 +200,14 @@ def _stands(base):
   return (
     f'Untrained personas stand {where}: {base.mean:+.2f} {_range(base)} on a '
     'scale where 0 is the mean of roles and 1 the default Assistant.'
+  )
+
+
+def _chance(found):
+  beyond = sum(e['excludes_zero'] for e in found)
+  return (
+    f'{beyond} of {len(found)} intervals exclude zero; about '
+    f'{len(found) / 20:.0f} would by chance alone.'
   )
 
 

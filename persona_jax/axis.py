@@ -55,7 +55,7 @@ def answers(lab: Lab, wanted: list[Asked], config, key, advance):
     [*chat.prompt_ids(a.prompt), *chat.encode(a.question), *header]
     for a in wanted
   ]
-  prompt, length = data.pad_to(ids, max(map(len, ids)))
+  prompt, length = data.padded(ids)
   pooled, replies = [], []
   for rows in batches(len(wanted), lab.batch):
     count = rows.stop - rows.start

@@ -1,5 +1,6 @@
 """From words to arrays: scenarios, judges' tokens, labelled dialogues."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from persona_jax import rewards
 from persona_jax.dialogue import PARTNER, POLICY, Dialogue, Frame
+from persona_jax.models import cache as caches
 from persona_jax.rollout import Scenario
 from persona_jax.text import corpus, wording
 from persona_jax.text.chat import Chat
@@ -79,62 +81,55 @@ def scenario(
     PARTNER: [f'the {s.partner.kind} partner' for s, _ in told],
     POLICY: [f'the persona {s.persona.name!r}' for s, _ in told],
   }
-  padded = {
-    who: _padded(prompts[who], prompt_tokens, names[who], 'prompt_tokens')
-    for who in (PARTNER, POLICY)
-  }
-  openings = [chat.encode(script.opening) for script, _ in told]
-  opening, length = _padded(
-    openings, line_tokens, [s.opening for s, _ in told], 'tokens', cut=True
+  tokens, length = {}, {}
+  for who in (PARTNER, POLICY):
+    tokens[who], length[who] = _checked(
+      prompts[who], prompt_tokens, names[who], 'prompt_tokens'
+    )
+  opening, opening_length = _checked(
+    [chat.encode(script.opening) for script, _ in told],
+    line_tokens,
+    [f'the opening {script.opening!r}' for script, _ in told],
+    'tokens',
   )
   return Scenario(
     ids=np.array([script.index for script, _ in told], np.int32),
     samples=np.array([sample for _, sample in told], np.int32),
-    prompts=np.stack([padded[PARTNER][0], padded[POLICY][0]], 1),
-    prompt_length=np.stack([padded[PARTNER][1], padded[POLICY][1]], 1),
+    prompts=np.stack([tokens[PARTNER], tokens[POLICY]], 1),
+    prompt_length=np.stack([length[PARTNER], length[POLICY]], 1),
     opening=opening,
-    opening_length=length,
+    opening_length=opening_length,
     live=np.arange(rows) < rows - idle,
   )
 
 
-def labelled(
-  chat: Chat, lines, *, prompt_tokens: int, line_tokens: int
-) -> Dialogue:
+def labelled(chat: Chat, lines) -> Dialogue:
   """Labelled lines as dialogues: the question, then the line."""
-  prompt, prompt_length = _padded(
-    [chat.prompt_ids(line.persona) for line in lines],
-    prompt_tokens,
-    [line.persona for line in lines],
-    'prompt_tokens',
-  )
-  said = [(line.question, line.line) for line in lines]
-  return _dialogue(chat, said, prompt, prompt_length, line_tokens)
+  prompt = padded([chat.prompt_ids(line.persona) for line in lines])
+  return _dialogue(chat, [(x.question, x.line) for x in lines], prompt)
 
 
-def labelled_pairs(chat: Chat, pairs, *, line_tokens: int) -> Dialogue:
+def labelled_pairs(chat: Chat, pairs) -> Dialogue:
   """Pairs of lines as dialogues: cue, first, cue, second."""
   ask = wording.ANY_LINE
-  empty = np.zeros((len(pairs), 1), np.int32)
   said = [(ask, pair.first, ask, pair.second) for pair in pairs]
-  return _dialogue(chat, said, empty, empty[:, 0], line_tokens)
+  return _dialogue(chat, said, padded([[0]] * len(pairs)))
 
 
-def _dialogue(chat, said, prompt, prompt_length, size):
-  texts = [chat.encode(line) for lines in said for line in lines]
-  names = [line for lines in said for line in lines]
-  tokens, length = _padded(texts, size, names, 'line_tokens', cut=True)
+def _dialogue(chat, said, prompt):
   rows, lines = len(said), len(said[0])
-  tokens, length = tokens.reshape(rows, lines, size), length.reshape(rows, -1)
+  tokens, length = padded([chat.encode(x) for some in said for x in some])
+  tokens = tokens.reshape(rows, lines, -1)
+  blank = np.zeros(tokens.shape, np.float32)
   return Dialogue(
     tokens=tokens,
-    length=length,
+    length=length.reshape(rows, lines),
     stopped=np.zeros((rows, lines), bool),
-    logprobs=np.zeros(tokens.shape, np.float32),
-    raw_logprobs=np.zeros(tokens.shape, np.float32),
+    logprobs=blank,
+    raw_logprobs=blank,
     who=np.arange(lines) % 2,
-    prompts=np.stack([prompt, prompt], 1),
-    prompt_length=np.stack([prompt_length, prompt_length], 1),
+    prompts=np.stack([prompt[0]] * 2, 1),
+    prompt_length=np.stack([prompt[1]] * 2, 1),
     scenario=np.arange(rows),
     sample=np.zeros(rows, np.int32),
     live=np.ones(rows, bool),
@@ -189,6 +184,7 @@ def _asking(model, chat, ask: wording.Ask) -> rewards.Verdict:
     middle=ids(chat.encode(ask.middle)),
     questions=questions,
     strip=(len(pieces.before_system), len(pieces.system_to_user)),
+    memory=functools.partial(caches.empty_stacked, model.config),
     apply=model.apply,
     unembed=model.unembed,
   )
@@ -207,19 +203,22 @@ def texts(chat: Chat, dialogue: Dialogue) -> list[list[str]]:
   ]
 
 
-def pad_to(ids: list[list[int]], size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Token lists as `[B size]` and their lengths."""
-  return _padded(ids, size, [''] * len(ids), 'size')
-
-
-def _padded(rows, size, names, field, *, cut=False):
-  """Rows of tokens side by side; too long is an error, or is cut short."""
-  tokens = np.zeros((len(rows), size), np.int32)
+def padded(
+  rows: list[list[int]], size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Token lists as `[B size]`, by default the longest, and their lengths."""
+  length = np.array([len(row) for row in rows], np.int32)
+  tokens = np.zeros((len(rows), size or length.max()), np.int32)
   for i, row in enumerate(rows):
-    if len(row) > size and not cut:
+    tokens[i, : len(row)] = row
+  return tokens, length
+
+
+def _checked(rows, size, names, field):
+  for name, row in zip(names, rows, strict=True):
+    if len(row) > size:
       raise ValueError(
-        f'{names[i]} takes {len(row)} tokens, more than {field}={size}; '
+        f'{name} takes {len(row)} tokens, more than rollout.{field}={size}; '
         'shorten it or raise the limit.'
       )
-    tokens[i, : len(row)] = row[:size]
-  return tokens, np.array([min(len(row), size) for row in rows], np.int32)
+  return padded(rows, size)

@@ -1,11 +1,12 @@
 """Arms of the study: dialogues under a policy and a cap, and their measures."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from persona_jax import data, rewards
+from persona_jax import data, metrics, rewards
 from persona_jax import dialogue as dialogues
 from persona_jax.activations import edits
 from persona_jax.analysis import calibration, health
@@ -14,6 +15,7 @@ from persona_jax.dialogue import POLICY, Dialogue
 from persona_jax.lab import Lab, batches, fill
 from persona_jax.text import corpus
 
+_VALUES = 'values/'  # of an arm's arrays, in its file
 JUDGES = ('likelihood', 'verdict')  # the first trains, the second does not
 
 
@@ -26,18 +28,10 @@ class Trust(NamedTuple):
 
 def calibrate(lab: Lab, judges: data.Judges, config, *, advance) -> Trust:
   """Scores the labelled lines and pairs that ship with the package."""
-  size = config.rollout
   lines = corpus.labelled_lines()[: config.judges.lines]
   pairs = corpus.labelled_pairs()[: config.judges.pairs]
-  as_lines = data.labelled(
-    lab.chat,
-    lines,
-    prompt_tokens=size.prompt_tokens,
-    line_tokens=config.judges.line_tokens,
-  )
-  as_pairs = data.labelled_pairs(
-    lab.chat, pairs, line_tokens=config.judges.line_tokens
-  )
+  as_lines = data.labelled(lab.chat, lines)
+  as_pairs = data.labelled_pairs(lab.chat, pairs)
   persona = np.unique([x.persona for x in lines], return_inverse=True)[1]
   first = np.unique([x.first for x in pairs], return_inverse=True)[1]
 
@@ -206,11 +200,30 @@ def capability(lab: Lab, policy, caps, config, *, advance) -> Capability:
   return Capability(-prose, best == [item.answer for item in asked])
 
 
+def save_arm(path: Path, arm: Arm, ability: Capability):
+  """Writes an arm: words as JSON, then numbers as `path`, an .npz."""
+  metrics.write_json(path.with_suffix('.json'), arm.texts)
+  values = {f'{_VALUES}{name}': x for name, x in arm.values.items()}
+  metrics.write_arrays(path, {'mask': arm.mask, **ability._asdict(), **values})
+
+
+def load_arm(path: Path) -> tuple[Arm, Capability]:
+  """What `save_arm` wrote."""
+  arrays = metrics.read_arrays(path)
+  values = {
+    name.removeprefix(_VALUES): x
+    for name, x in arrays.items()
+    if name.startswith(_VALUES)
+  }
+  texts = metrics.read_json(path.with_suffix('.json'))
+  ability = Capability(arrays['nats'], arrays['right'])
+  return Arm(texts, arrays['mask'], values), ability
+
+
 def _mean_logprobs(lab, variables, rows):
   """Mean log-probability of each continuation after its context."""
   texts = [[*context, *text] for context, text in rows]
-  width = max(map(len, texts))
-  tokens, length = data.pad_to(texts, width)
+  tokens, length = data.padded(texts)
   start = np.array([max(1, len(context)) for context, _ in rows])
   found = []
   for part in batches(len(rows), lab.batch):

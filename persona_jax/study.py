@@ -25,6 +25,7 @@ from persona_jax import (
   report,
   train,
 )
+from persona_jax import workdir as owned
 from persona_jax.activations import Directions, calibration
 from persona_jax.analysis.calibration import Calibration
 from persona_jax.text import corpus
@@ -38,7 +39,7 @@ def run(config, workdir, *, quiet: bool = False) -> dict:
   """
   check(config)
   workdir = Path(workdir)
-  claim(workdir, config)
+  owned.claim(workdir, config)
   study = Study(config, workdir, quiet)
   for phase in study.phases:
     study.done(phase)
@@ -53,6 +54,7 @@ def check(config):
   """
   rules = {
     'rollout.lines': (config.rollout.lines, 2),
+    'rl.lines': (config.rl.lines, 2),
     'rollout.tokens': (config.rollout.tokens, 1),
     'rollout.batch': (config.rollout.batch, 1),
     'evaluation.dialogues': (config.evaluation.dialogues, 2),
@@ -80,30 +82,6 @@ def check(config):
     raise ValueError(
       f'cap.first={config.cap.first}, cap.last={config.cap.last}: the band '
       'needs 0 <= first < last <= 1, as shares of the depth.'
-    )
-
-
-def claim(workdir: Path, config):
-  """Writes the config into an empty workdir, or compares it with the one there.
-
-  Raises:
-    ValueError: the workdir belongs to another config; names the fields.
-  """
-  path = workdir / 'config.json'
-  mine = metrics.plain(config.to_dict())
-  if not path.exists():
-    metrics.write_json(path, mine)
-    return
-  theirs, mine = _flat(metrics.read_json(path)), _flat(mine)
-  differ = [
-    f'{name} ({theirs.get(name)} there, {mine.get(name)} here)'
-    for name in sorted(set(theirs) | set(mine))
-    if theirs.get(name) != mine.get(name)
-  ]
-  if differ:
-    raise ValueError(
-      f'{workdir} belongs to another config: {"; ".join(differ)}. Name '
-      'another --workdir, or give the same config.'
     )
 
 
@@ -234,7 +212,7 @@ class Study:
     kinds = [script.partner.kind for script in self.scripts]
     arms, abilities, texts = {}, {}, {}
     for name in self.arms:
-      arm, abilities[name] = self._read_arm(name)
+      arm, abilities[name] = evaluate.load_arm(self._arm_path(name))
       arms[name] = evaluate.settle(
         arm, space['centre'], space['default_at'], space['layer'], space['band']
       )
@@ -309,26 +287,7 @@ class Study:
     ability = evaluate.capability(
       self.lab, policy, cap, self.config, advance=advance
     )
-    path = self._arm_path(name)
-    metrics.write_json(path.with_suffix('.json'), said.texts)
-    metrics.write_arrays(
-      path,
-      {'mask': said.mask, **ability._asdict()}
-      | {f'values/{k}': v for k, v in said.values.items()},
-    )
-
-  def _read_arm(self, name):
-    path = self._arm_path(name)
-    arrays = metrics.read_arrays(path)
-    prefix = 'values/'
-    values = {
-      k.removeprefix(prefix): v
-      for k, v in arrays.items()
-      if k.startswith(prefix)
-    }
-    texts = metrics.read_json(path.with_suffix('.json'))
-    ability = evaluate.Capability(arrays['nats'], arrays['right'])
-    return evaluate.Arm(texts, arrays['mask'], values), ability
+    evaluate.save_arm(self._arm_path(name), said, ability)
 
   def _arm_path(self, name) -> Path:
     return self.workdir / 'arms' / f'{name.replace("/", "-")}.npz'
@@ -401,14 +360,4 @@ def _about(config, model) -> dict:
       'jax': jax.__version__,
       'device': jax.devices()[0].device_kind,
     },
-  }
-
-
-def _flat(record, prefix=''):
-  if not isinstance(record, dict):
-    return {prefix: record}
-  return {
-    name: value
-    for key, part in record.items()
-    for name, value in _flat(part, f'{prefix}.{key}' if prefix else key).items()
   }

@@ -96,7 +96,7 @@ def _rollout(lab: Lab, config, step: int, params) -> Dialogue:
   )
   key = jax.random.fold_in(jax.random.key(config.seed), 3)
   speakers = (lab.partner, lab.speaker(lab.variables(params, lab.free)))
-  return lab.talk(key, speakers, scenario, lines=size.lines, tokens=size.tokens)
+  return lab.talk(key, speakers, scenario, lines=rl.lines, tokens=size.tokens)
 
 
 def _judged(lab, terms, said):

@@ -16,6 +16,11 @@ class Text:
   tokens: Int[Array, 'B S']
   positions: Int[Array, 'B S']
 
+  @property
+  def length(self) -> Int[Array, ' B']:
+    """The number of tokens of each row."""
+    return jnp.max(self.positions, axis=1) + 1
+
   def last(self, skip: int = 0) -> Int[Array, ' B']:
     """The slot of each row's last token, the last `skip` slots left out."""
     end = self.positions.shape[1] - skip

@@ -29,7 +29,9 @@ class Verdict:
   """A chat model as a judge, and its wording as tokens (`text.wording`).
 
   The score is log P(it fits) - log P(it does not), averaged over questions
-  that swap the options: a taste for one word or one place cancels.
+  that swap the options: a taste for one word or one place cancels. `memory`
+  gives an empty cache, `(batch, size) -> cache`: what is asked of one text is
+  read after it, and the text itself once.
   """
 
   variables: PyTree
@@ -37,6 +39,7 @@ class Verdict:
   middle: Int[Array, ' M']  # between the two texts
   questions: tuple[Question, ...]
   strip: tuple[int, int] = dataclasses.field(metadata={'static': True})
+  memory: Callable = dataclasses.field(metadata={'static': True})
   apply: Callable = dataclasses.field(metadata={'static': True})
   unembed: Callable = dataclasses.field(metadata={'static': True})
   who: int = dataclasses.field(default=POLICY, metadata={'static': True})
@@ -61,15 +64,27 @@ def pair_verdict(judge: Verdict) -> Partial:
 
 def ask(judge: Verdict, first, second):
   """Log-odds `[B]` that `second` fits `first`: pairs of tokens and lengths."""
+  room = _room(judge, second)
+  return _answer(judge, _begin(judge, first, room), second)
+
+
+def _begin(judge, first, room):
+  """A reading of all that comes before `second`, with `room` slots more."""
   batch = first[1].shape[0]
+  text = texts.joined(judge.head, first, judge.middle, batch=batch)
+  memory = judge.memory(batch, text.tokens.shape[1] + room)
+  _, memory = judge.apply(judge.variables, text.tokens, text.positions, memory)
+  return memory, text.length
+
+
+def _answer(judge, begun, second):
+  """Log-odds of the answers; each part of the text is read once."""
+  memory, start = begun
+  _, memory, start = _read(judge, memory, start, second)
   scores = []
   for question in judge.questions:
-    text = texts.joined(
-      judge.head, first, judge.middle, second, question.tail, batch=batch
-    )
-    hidden, _ = judge.apply(judge.variables, text.tokens, text.positions)
-    at = jnp.take_along_axis(hidden, text.last()[:, None, None], axis=1)
-    logits = judge.unembed(judge.variables, at[:, 0])
+    hidden, _, _ = _read(judge, memory, start, question.tail)
+    logits = judge.unembed(judge.variables, hidden[:, -1])
     scores.append(
       jax.nn.logsumexp(logits[:, question.good], axis=1)
       - jax.nn.logsumexp(logits[:, question.bad], axis=1)
@@ -77,22 +92,42 @@ def ask(judge: Verdict, first, second):
   return sum(scores) / len(scores)
 
 
+def _read(judge, memory, start, piece):
+  text = texts.joined(piece, batch=start.shape[0])
+  shifted = text.positions + start[:, None]
+  positions = jnp.where(text.positions < 0, -1, shifted)
+  hidden, memory = judge.apply(judge.variables, text.tokens, positions, memory)
+  return hidden, memory, start + text.length
+
+
+def _room(judge, second):
+  tails = [question.tail.size for question in judge.questions]
+  return second[0].shape[1] + max(tails)
+
+
 def _verdict(judge, dialogue):
   before, after = judge.strip
   persona = dialogue.prompts[:, judge.who, before:]
   length = dialogue.prompt_length[:, judge.who] - before - after
+  line = _lines(dialogue)
+  begun = _begin(judge, (persona, length), _room(judge, line[0]))
   scores = jnp.zeros(dialogue.length.shape, jnp.float32)
-  for n in range(judge.who, dialogue.length.shape[1], 2):
-    line = (dialogue.tokens[:, n], dialogue.body[:, n])
-    scores = scores.at[:, n].set(ask(judge, (persona, length), line))
+  for n in range(judge.who, len(line), 2):
+    scores = scores.at[:, n].set(_answer(judge, begun, line[n]))
   return jnp.where(dialogue.spoken(judge.who), scores, 0.0)
 
 
 def _pair_verdict(judge, dialogue):
-  batch, lines, _ = dialogue.tokens.shape
+  line = _lines(dialogue)
+  batch, lines = dialogue.length.shape
   scores = jnp.zeros((batch, lines, lines), jnp.float32)
-  line = [(dialogue.tokens[:, n], dialogue.body[:, n]) for n in range(lines)]
-  for n in range(judge.who, lines, 2):
-    for i in range(judge.who, n, 2):
-      scores = scores.at[:, n, i].set(ask(judge, line[i], line[n]))
+  for i in range(judge.who, lines - 2, 2):
+    begun = _begin(judge, line[i], _room(judge, line[i]))
+    for n in range(i + 2, lines, 2):
+      scores = scores.at[:, n, i].set(_answer(judge, begun, line[n]))
   return jnp.where(earlier_pairs(dialogue, judge.who), scores, 0.0)
+
+
+def _lines(dialogue):
+  lines = range(dialogue.tokens.shape[1])
+  return [(dialogue.tokens[:, n], dialogue.body[:, n]) for n in lines]

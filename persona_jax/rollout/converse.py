@@ -31,65 +31,63 @@ def converse(
   """
   _check(scenario, lines, tokens)
   row_keys = scenario.keys(key)
-  live = scenario.live
-  opener, replier = speakers
   opening = _opening(scenario, tokens)
   exchanges = lines // 2
   size = _slots(scenario, frames, exchanges, tokens)
-  _, opener_memory = _prefill(
-    opener, scenario, 0, size, opening, frames[0].heard_to_own
+  _, opener = _prefill(
+    speakers[0], scenario, 0, size, opening, frames[0].heard_to_own
   )
-  _, replier_memory = _prefill(replier, scenario, 1, size)
+  _, replier = _prefill(speakers[1], scenario, 1, size)
 
-  def turn(who, memory, heard, n, first):
-    frame, speaker = frames[who], speakers[who]
+  def turn(who, memory, heard, n):
+    frame, keys = frames[who], _fold(row_keys, n)
     hidden, memory = lines_.listen(
-      speaker,
+      speakers[who],
       memory,
       heard,
       frame.own_to_heard,
       frame.heard_to_own,
-      live,
-      first,
+      scenario.live,
+      first=n == 1,  # only the replier's first line follows a bare prompt
     )
-    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, n)
-    return lines_.speak(keys, speaker, memory, hidden, live, tokens)
-
-  def exchange(carry, index):
-    replier_memory, opener_memory, heard = carry
-    n = 2 * index + 1
-    said, replier_memory = turn(1, replier_memory, heard, n, index == 0)
-
-    def answer(memory):
-      return turn(0, memory, said, n + 1, jnp.zeros((), bool))
-
-    def silence(memory):
-      return jax.tree.map(jnp.zeros_like, said), memory
-
-    answered, opener_memory = jax.lax.cond(
-      n + 1 < lines, answer, silence, opener_memory
+    return lines_.speak(
+      keys, speakers[who], memory, hidden, scenario.live, tokens
     )
-    return (replier_memory, opener_memory, answered), (said, answered)
 
-  _, (said, answered) = jax.lax.scan(
-    exchange,
-    (replier_memory, opener_memory, opening),
-    jnp.arange(exchanges),
-  )
-  every = _interleave(opening, said, answered, lines)
+  def exchange(carry, n):
+    replier, opener, heard = carry
+    said, replier = turn(1, replier, heard, n)
+    answered, opener = jax.lax.cond(
+      n + 1 < lines,
+      lambda memory: turn(0, memory, said, n + 1),
+      lambda memory: (jax.tree.map(jnp.zeros_like, said), memory),
+      opener,
+    )
+    return (replier, opener, answered), (said, answered)
+
+  odd = 2 * jnp.arange(exchanges) + 1  # the replier's lines
+  _, (said, answered) = jax.lax.scan(exchange, (replier, opener, opening), odd)
+  return _dialogue(scenario, _interleave(opening, said, answered, lines))
+
+
+def _dialogue(scenario: Scenario, every: Line) -> Dialogue:
   return Dialogue(
     tokens=every.tokens,
     length=every.length,
     stopped=every.stopped,
     logprobs=every.logprobs,
     raw_logprobs=every.raw_logprobs,
-    who=jnp.arange(lines) % 2,
+    who=jnp.arange(every.length.shape[1]) % 2,
     prompts=scenario.prompts,
     prompt_length=scenario.prompt_length,
     scenario=scenario.ids,
     sample=scenario.samples,
-    live=live,
+    live=scenario.live,
   )
+
+
+def _fold(row_keys, n):
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, n)
 
 
 def _check(scenario, lines, tokens):
@@ -128,11 +126,13 @@ def _opening(scenario, tokens):
 def _prefill(speaker, scenario, who, size, opening=None, header=None):
   tokens = [scenario.prompts[:, who]]
   batch, room = tokens[0].shape
-  valid = [jnp.arange(room) < scenario.prompt_length[:, who, None]]
+  valid = [jnp.arange(room)[None] < scenario.prompt_length[:, who, None]]
   if opening is not None:
     tokens += [jnp.broadcast_to(header, (batch, header.size)), opening.tokens]
     valid.append(jnp.ones((batch, header.size), bool))
-    valid.append(jnp.arange(opening.tokens.shape[1]) < opening.length[:, None])
+    valid.append(
+      jnp.arange(opening.tokens.shape[1])[None] < opening.length[:, None]
+    )
   valid = jnp.concatenate(valid, axis=1) & scenario.live[:, None]
   return lines_.prefill(speaker, jnp.concatenate(tokens, axis=1), valid, size)
 

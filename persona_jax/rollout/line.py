@@ -13,16 +13,16 @@ from persona_jax.rollout.speaker import Speaker
 
 @struct.dataclass
 class Line:
-  """What one speaker says, one line a row."""
+  """What one speaker says, one line a row; `jax.lax.scan` stacks lines."""
 
-  tokens: Int[Array, 'B T']
-  length: Int[Array, ' B']
-  stopped: Bool[Array, ' B']
-  logprobs: Float[Array, 'B T']
-  raw_logprobs: Float[Array, 'B T']
+  tokens: Int[Array, '*X B T']
+  length: Int[Array, '*X B']
+  stopped: Bool[Array, '*X B']
+  logprobs: Float[Array, '*X B T']
+  raw_logprobs: Float[Array, '*X B T']
 
   @property
-  def body(self) -> Int[Array, ' B']:
+  def body(self) -> Int[Array, '*X B']:
     """The number of tokens without the stop token."""
     return self.length - self.stopped
 
@@ -98,7 +98,7 @@ def listen(
   valid = (
     memory.is_pending[:, None],
     jnp.broadcast_to(~first, (batch, before.size)),
-    jnp.arange(size) < heard.body[:, None],
+    jnp.arange(size)[None] < heard.body[:, None],
     jnp.ones((batch, after.size), bool),
   )
   valid = jnp.concatenate(valid, axis=1) & live[:, None]

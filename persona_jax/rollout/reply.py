@@ -21,8 +21,8 @@ class Reply:
   def joined(self):
     """`(tokens, positions, said)`: the text as read, and which is the reply."""
     width = self.line.tokens.shape[1]
-    asked = jnp.arange(self.prompt.shape[1]) < self.prompt_length[:, None]
-    said = jnp.arange(width) < self.line.body[:, None]
+    asked = jnp.arange(self.prompt.shape[1])[None] < self.prompt_length[:, None]
+    said = jnp.arange(width)[None] < self.line.body[:, None]
     tokens = jnp.concatenate([self.prompt, self.line.tokens], axis=1)
     valid = jnp.concatenate([asked, said], axis=1)
     count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
@@ -41,7 +41,7 @@ def reply(
   tokens: int,
 ) -> Reply:
   """What `speaker` says to each prompt; keys come from `ids`."""
-  valid = jnp.arange(prompt.shape[1]) < prompt_length[:, None]
+  valid = jnp.arange(prompt.shape[1])[None] < prompt_length[:, None]
   size = prompt.shape[1] + tokens
   hidden, memory = lines_.prefill(speaker, prompt, valid & live[:, None], size)
   keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)

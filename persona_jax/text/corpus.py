@@ -3,11 +3,12 @@
 Every row is checked when it is read; a missing field names file and row.
 """
 
-import functools
 import json
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
+
+SPLITS = ('train', 'heldout')
 
 
 class Archetype(NamedTuple):
@@ -22,7 +23,7 @@ class Persona(NamedTuple):
   """Somebody to be: a prompt, and the facts in it."""
 
   name: str
-  split: str  # 'train' or 'heldout'
+  split: str  # one of SPLITS
   prompt: str
   facts: dict[str, str]
 
@@ -85,12 +86,18 @@ def personas(split: str, path: str | Path | None = None) -> tuple[Persona, ...]:
   Raises:
     ValueError: the file has no persona of that split, or a bad row.
   """
-  rows = _read(path or 'personas.json', 'personas', Persona)
+  path = Path(path) if path else 'personas.json'
+  rows = _read(path, 'personas', Persona)
+  for index, row in enumerate(rows):
+    if row.split not in SPLITS:
+      raise ValueError(
+        f'{path}, row {index}: split {row.split!r} is none of {SPLITS}.'
+      )
   found = tuple(row for row in rows if row.split == split)
   if not found:
     raise ValueError(
-      f'{path or "personas.json"} has no persona with split {split!r}; each '
-      "row needs name, split ('train' or 'heldout'), prompt and facts."
+      f'{path} has no persona with split {split!r}; each row needs name, '
+      f'split (one of {SPLITS}), prompt and facts.'
     )
   return found
 
@@ -121,13 +128,19 @@ def neutral_text() -> str:
 
 
 def _read(path, key, kind):
-  rows = _load(path).get(key)
+  data = _load(path)
+  rows = data.get(key) if isinstance(data, dict) else None
   if not isinstance(rows, list):
     raise ValueError(f'{path} has no list {key!r}.')
   return tuple(_row(path, i, row, kind) for i, row in enumerate(rows))
 
 
 def _row(path, index, row, kind):
+  if not isinstance(row, dict):
+    raise ValueError(
+      f'{path}, row {index}: {row!r} is no row; it has '
+      f'{", ".join(kind._fields)}.'
+    )
   missing = [field for field in kind._fields if row.get(field) in (None, '')]
   if missing:
     raise ValueError(
@@ -138,7 +151,6 @@ def _row(path, index, row, kind):
   return kind(*(tuple(v) if isinstance(v, list) else v for v in values))
 
 
-@functools.cache
 def _load(path):
   text = _open(path)
   try:
@@ -150,9 +162,9 @@ def _load(path):
 
 
 def _open(path):
-  if isinstance(path, Path) or Path(path).is_absolute():
-    if not Path(path).is_file():
+  if isinstance(path, Path):  # a user's; a string names one of ours
+    if not path.is_file():
       raise ValueError(f'{path} does not exist.')
-    return Path(path).read_text(encoding='utf-8')
+    return path.read_text(encoding='utf-8')
   home = resources.files('persona_jax.text') / 'data' / path
   return home.read_text(encoding='utf-8')
