@@ -74,9 +74,7 @@ class Lab:
 
   @functools.cached_property
   def _memory(self):
-    return functools.partial(
-      caches.empty, self.model.config, dtype=self.dtype
-    )
+    return functools.partial(caches.empty, self.model.config, dtype=self.dtype)
 
   @functools.cached_property
   def converse(self):

@@ -44,7 +44,7 @@ class Directions:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if isinstance(value, np.ndarray):
-        arrays[field.name] = value
+        arrays[field.name] = np.ascontiguousarray(value)  # else scrambled
       elif value is not None:
         words[field.name] = json.dumps(value)
     data = safetensors.save(arrays, metadata=words)
@@ -60,11 +60,16 @@ class Directions:
     Raises:
       ValueError: the file does not say what its vectors are.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework='numpy') as file:
-      words = file.metadata() or {}
-      arrays = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+      with safe_open(path, framework='numpy') as file:
+        words = file.metadata() or {}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+      raise ValueError(
+        f'{path} is no whole safetensors file: {error}; write it again.'
+      ) from error
     missing = {'model', 'sha256', 'sign'} - set(words)
     if missing or 'vectors' not in arrays:
       raise ValueError(

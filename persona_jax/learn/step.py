@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from persona_jax.learn.logprobs import token_logprobs
 from persona_jax.learn.losses import Batch
@@ -16,7 +16,7 @@ from persona_jax.learn.losses import Batch
 class TrainState:
   """What a step changes."""
 
-  step: Int[Array, '']
+  step: PyTree  # an int32 scalar; in trees of shapes or places, one of those
   params: PyTree
   opt_state: PyTree
 
@@ -91,15 +91,18 @@ def _gradient(params, batch, weights, loss_fn, microbatches):
     raise ValueError(
       f'a batch of {rows} does not divide into {microbatches} microbatches.'
     )
-  split = jax.tree.map(
-    lambda x: x.reshape(microbatches, -1, *x.shape[1:]), (batch, weights)
-  )
+  leaves, structure = jax.tree.flatten((batch, weights))
+  # Row r goes to part r % microbatches, so that each part spans the mesh.
+  split = [
+    jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
+    for x in leaves
+  ]
 
   def add(total, part):
-    (loss, metrics), grads = value(params, *part)
+    (loss, metrics), grads = value(params, *structure.unflatten(part))
     return jax.tree.map(jnp.add, total, (grads, {'loss': loss, **metrics})), ()
 
-  first = jax.tree.map(lambda x: x[0], split)
+  first = structure.unflatten([x[0] for x in split])
   (shape, aux), grads = jax.eval_shape(value, params, *first)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype), (grads, {'loss': shape, **aux})
