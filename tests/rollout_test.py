@@ -1,0 +1,304 @@
+"""Conversations: what was sampled is what one pass over the text predicts."""
+
+import dataclasses
+import types
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from persona_jax import dialogue as dialogues
+from persona_jax.rollout import Sampling, Speaker, reply
+from persona_jax.rollout.speaker import take
+
+BATCH, LINES, TOKENS = 5, 5, 6
+TEMPERATURES = jnp.array([1.0, 0.6, 1.4, 0.0, 1.0])
+VOCAB = fakes.CONFIG.vocab
+STOPS = {
+  'some': range(80),
+  'never': [VOCAB - 1],
+  'at once': range(1, VOCAB),  # each line begins with the one that is left
+}
+CAPS = {
+  'capped': (fakes.caps(), fakes.caps(seed=1, low=-0.5, high=0.2)),
+  'free': (fakes.no_caps(), fakes.no_caps()),
+}
+
+view = jax.jit(dialogues.view, static_argnums=1)
+models = fakes.tiny(seed=0), fakes.tiny(seed=1)
+
+
+def cast(caps='capped', stops='some', temperature=TEMPERATURES):
+  """Two speakers with different weights, caps and temperatures."""
+  partner, policy = (
+    fakes.speaker(model, collection, temperature.size, STOPS[stops])
+    for model, collection in zip(models, CAPS[caps], strict=True)
+  )
+  heat = lambda speaker, temperature: dataclasses.replace(
+    speaker, sampling=speaker.sampling.replace(temperature=temperature)
+  )
+  return heat(partner, temperature), heat(policy, temperature[::-1])
+
+
+def log_softmax(x):
+  x = x - x.max(axis=-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def forced(model, collection, seen):
+  """float64 logits where each token of a dialogue was predicted."""
+  variables = fakes.with_edits(model.stacked, collection)
+  hidden, _ = model.run(variables, seen.tokens, seen.positions)
+  before = np.asarray(seen.before).reshape(BATCH, -1)
+  hidden = np.take_along_axis(np.asarray(hidden), before[..., None], axis=1)
+  logits = np.asarray(model.unembed(variables, hidden), np.float64)
+  return logits.reshape(*seen.before.shape, -1)
+
+
+def at(x, tokens):
+  return np.take_along_axis(x, np.asarray(tokens)[..., None], axis=-1)[..., 0]
+
+
+def check(said, tokens, logits, mask, sampling):
+  """Log-probabilities of `said` are those of teacher-forced logits."""
+  mask = np.asarray(mask)
+  raw = at(log_softmax(logits), tokens)
+  np.testing.assert_allclose(said.raw_logprobs[mask], raw[mask], atol=1e-4)
+  barred = logits.copy()
+  barred[..., 0, np.asarray(sampling.stop)] = -np.inf
+  temperature = np.asarray(sampling.temperature)
+  heat = np.where(temperature == 0, 1, temperature)
+  scaled = barred / heat.reshape(-1, *[1] * (barred.ndim - 1))
+  want = at(log_softmax(scaled), tokens)
+  want[temperature == 0] = 0
+  np.testing.assert_allclose(said.logprobs[mask], want[mask], atol=1e-4)
+  best = barred.argmax(-1) == np.asarray(tokens)
+  cold = np.broadcast_to(
+    (temperature == 0).reshape(-1, *[1] * (mask.ndim - 1)), mask.shape
+  )
+  assert best[mask & cold].all() and not best[mask & ~cold].all()
+
+
+def rows_of(said, rows):
+  """Some rows of a dialogue, as numpy arrays."""
+  fields = vars(fakes.plain(said)).items()
+  rows = np.asarray(rows)
+  return types.SimpleNamespace(
+    **{name: x[rows] for name, x in fields if name != 'who'}
+  )
+
+
+def assert_same_lines(left, right):
+  """The same tokens; log-probs as close as sums in another order are."""
+  for name in ('tokens', 'length', 'stopped', 'scenario', 'sample'):
+    np.testing.assert_array_equal(getattr(left, name), getattr(right, name))
+  for name in ('logprobs', 'raw_logprobs'):
+    np.testing.assert_allclose(
+      getattr(left, name), getattr(right, name), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+  'caps, stops',
+  [
+    ('capped', 'some'),
+    ('free', 'some'),
+    ('capped', 'never'),
+    ('capped', 'at once'),
+  ],
+)
+def test_logprobs_are_those_of_one_pass(key, caps, stops):
+  scenario, speakers = fakes.scenario(BATCH), cast(caps, stops)
+  said = fakes.talk(key, speakers, scenario)
+  assert said.tokens.shape == (BATCH, LINES, TOKENS)
+  for who in range(2):
+    seen = view(said, who, fakes.FRAMES[who])
+    logits = forced(models[who], CAPS[caps][who], seen)
+    mask = said.mask & (said.who == who)[None, :, None]
+    mask = mask.at[:, 0].set(False)  # the opening was given
+    check(said, said.tokens, logits, mask, speakers[who].sampling)
+    length = np.asarray(said.length)[:, 2 - who :: 2]
+    if stops == 'some':  # another line follows these
+      assert (length[:, 0] < TOKENS).any() and (length[:, 0] == TOKENS).any()
+    else:
+      assert np.mean(length == {'never': TOKENS, 'at once': 2}[stops]) > 0.8
+    other = forced(models[who], CAPS['free'][who], seen)
+    apart = np.abs(log_softmax(logits) - log_softmax(other))[mask].max()
+    assert apart > 0.1 if caps == 'capped' else apart == 0
+
+
+def test_lines_end_with_a_stop_token_or_full(key):
+  dialogue = fakes.talk(key, cast(), fakes.scenario(BATCH))
+  said, inside = fakes.plain(dialogue), np.asarray(dialogue.mask)
+  own = np.s_[:, 1:]  # the opening was given
+  stop = np.isin(said.tokens, STOPS['some']) & inside
+  last = np.arange(TOKENS) == said.length[..., None] - 1
+  assert not stop[own][..., 0].any() and not (stop & ~last)[own].any()
+  np.testing.assert_array_equal(stop.any(-1)[own], said.stopped[own])
+  assert (said.stopped | (said.length == TOKENS))[own].all()
+  for x in (said.tokens, said.logprobs, said.raw_logprobs):
+    assert not x[own][~inside[own]].any()
+
+
+def test_the_opening_is_the_first_line(key):
+  scenario = fakes.scenario(BATCH)
+  said = fakes.talk(key, cast(), scenario)
+  np.testing.assert_array_equal(said.length[:, 0], scenario.opening_length)
+  np.testing.assert_array_equal(said.tokens[:, 0, :4], scenario.opening)
+  assert not said.stopped[:, 0].any() and said.who.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_lines_do_not_depend_on_their_row(key):
+  scenario = fakes.scenario(BATCH)
+  said = fakes.talk(key, cast(), scenario)
+  rows = jnp.array([3, 0, 4, 1, 2])
+  partner, policy = cast()
+  mix = lambda speaker: dataclasses.replace(
+    speaker,
+    sampling=speaker.sampling.replace(
+      temperature=speaker.sampling.temperature[rows]
+    ),
+  )
+  mixed = fakes.talk(key, (mix(partner), mix(policy)), take(scenario, rows))
+  assert_same_lines(mixed, rows_of(said, rows))
+
+
+def test_lines_depend_neither_on_the_batch_nor_on_what_follows(key):
+  scenario, row = fakes.scenario(BATCH), jnp.array([2])
+  said = fakes.talk(key, cast(temperature=jnp.ones(BATCH)), scenario)
+  alone = fakes.talk(
+    key, cast(temperature=jnp.ones(1)), take(scenario, row), lines=4
+  )
+  want = rows_of(said, row)
+  for name in ('tokens', 'length', 'stopped', 'logprobs', 'raw_logprobs'):
+    setattr(want, name, getattr(want, name)[:, :4])
+  assert_same_lines(alone, want)
+  assert alone.who.tolist() == [0, 1, 0, 1]
+
+
+def test_keys_come_from_scenario_and_sample(key):
+  scenario = take(fakes.scenario(BATCH), jnp.zeros(BATCH, jnp.int32))
+  scenario = scenario.replace(
+    ids=jnp.array([4, 4, 4, 7, 7]), samples=jnp.array([0, 1, 0, 0, 1])
+  )
+  warm = jnp.ones(BATCH)
+  tokens = fakes.talk(key, cast(temperature=warm), scenario).tokens
+  same = np.array([[np.array_equal(x, y) for x in tokens] for y in tokens])
+  np.testing.assert_array_equal(np.argwhere(np.triu(same, 1)), [[0, 2]])
+  other = jax.random.fold_in(key, 1)
+  again = fakes.talk(other, cast(temperature=warm), scenario).tokens
+  assert not np.array_equal(tokens, again)
+
+
+def test_every_token_has_a_key_of_its_own(key):
+  # Speakers that say anything, whatever they hear: of 120 draws from 301
+  # tokens, 99 differ; 30 or less do where rows, lines or tokens share a key.
+  anything = Speaker(
+    variables={},
+    sampling=Sampling.of(BATCH, [VOCAB - 1]),
+    apply=lambda _, tokens, __, cache: (jnp.zeros((*tokens.shape, 1)), cache),
+    unembed=lambda _, hidden: jnp.zeros((*hidden.shape[:-1], VOCAB)),
+    memory=models[0].memory,
+  )
+  said = fakes.talk(key, (anything, anything), fakes.scenario(BATCH))
+  assert len(np.unique(said.tokens[:, 1:])) > 80
+
+
+def test_dead_rows_do_no_harm_and_stay_empty(key):
+  scenario = fakes.scenario(BATCH)
+  live = np.array([True, False, True, True, False])
+  said = fakes.talk(key, cast(), scenario.replace(live=jnp.asarray(live)))
+  want = fakes.talk(key, cast(), scenario)
+  assert_same_lines(rows_of(said, live), rows_of(want, live))
+  dead = rows_of(said, ~live)
+  for empty in (dead.length, dead.tokens[:, 1:], dead.stopped):
+    assert not empty.any()
+  assert not np.any(dead.logprobs) and not np.any(dead.raw_logprobs)
+  assert not said.mask[~live].any()
+
+
+def test_new_values_are_not_traced_again(key):
+  scenario = fakes.scenario(BATCH)
+  first = fakes.talk(key, cast(), scenario)
+  traces = fakes.conversing.traces
+  others = (
+    fakes.talk(jax.random.fold_in(key, 1), cast(), scenario),
+    fakes.talk(key, cast(temperature=TEMPERATURES + 0.3), scenario),
+    fakes.talk(key, cast(caps='free'), scenario),
+    fakes.talk(key, cast(stops='at once'), scenario),
+    fakes.talk(key, cast()[::-1], scenario),
+    fakes.talk(key, cast(), fakes.scenario(BATCH, seed=1)),
+  )
+  assert fakes.conversing.traces == traces
+  for other in others:
+    assert not np.array_equal(first.tokens[:, 1:], other.tokens[:, 1:])
+
+
+@pytest.mark.parametrize('lines', [0, 1])
+def test_too_few_lines_are_refused(key, lines):
+  with pytest.raises(ValueError, match=f'lines={lines}: .* give 2 or more'):
+    fakes.talk(key, cast(), fakes.scenario(BATCH), lines=lines)
+
+
+def test_openings_that_do_not_fit_are_refused(key):
+  scenario = fakes.scenario(BATCH)
+  long = scenario.replace(opening=jnp.ones((BATCH, TOKENS + 1), jnp.int32))
+  with pytest.raises(ValueError, match='room for 7 tokens.* the 6 of a line'):
+    fakes.talk(key, cast(), long)
+
+
+answer = jax.jit(reply, static_argnames='tokens')
+
+
+@pytest.mark.parametrize('stops', ['some', 'never'])
+def test_replies_are_those_of_one_pass(key, stops):
+  scenario, (_, speaker) = fakes.scenario(BATCH), cast(stops=stops)
+  prompt, length = scenario.prompts[:, 1], scenario.prompt_length[:, 1]
+  said = answer(
+    key, speaker, prompt, length, scenario.ids, scenario.live, tokens=TOKENS
+  )
+  tokens, positions, is_reply = said.joined()
+  variables = fakes.with_edits(models[1].stacked, CAPS['capped'][1])
+  hidden, _ = models[1].run(variables, tokens, positions)
+  width = prompt.shape[1]
+  first = np.take_along_axis(
+    np.asarray(hidden), np.asarray(length)[:, None, None] - 1, axis=1
+  )
+  hidden = np.concatenate([first, hidden[:, width:-1]], axis=1)
+  logits = np.asarray(models[1].unembed(variables, hidden), np.float64)
+  line = said.line
+  mask = np.arange(TOKENS) < np.asarray(line.length)[:, None]
+  check(line, line.tokens, logits, mask, speaker.sampling)
+  np.testing.assert_array_equal(np.sum(is_reply, axis=1), line.body)
+  assert not np.any(is_reply[:, :width]) and np.any(line.body < TOKENS) == (
+    stops == 'some'
+  )
+
+
+def test_replies_do_not_depend_on_the_batch(key):
+  scenario, (_, speaker) = fakes.scenario(BATCH), cast()
+  speaker = dataclasses.replace(
+    speaker, sampling=speaker.sampling.replace(temperature=jnp.ones(BATCH))
+  )
+  rows = np.array([2, 4, 0, 3, 1])
+  live = np.array([True, True, False, True, True])
+  lines = []
+  for order in (np.arange(BATCH), rows):
+    part = take(scenario, jnp.asarray(order))
+    lines.append(
+      answer(
+        key,
+        speaker,
+        part.prompts[:, 1],
+        part.prompt_length[:, 1],
+        part.ids,
+        jnp.asarray(live if order is rows else live | True),
+        tokens=TOKENS,
+      ).line
+    )
+  np.testing.assert_array_equal(
+    lines[1].tokens[live], lines[0].tokens[rows[live]]
+  )
+  assert lines[1].length[2] == 0 and not lines[1].tokens[2].any()

@@ -1,0 +1,207 @@
+"""The whole program: a small random model, the real words, every phase."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from persona_jax import main, metrics, models, study
+from persona_jax.models import decoder
+from persona_jax.models.config import DecoderConfig
+
+PHASES = ('model', 'space', 'judges', 'baseline', 'rl', 'cap', 'answer')
+
+
+@pytest.fixture(scope='module')
+def folder(smollm, tmp_path_factory):
+  """A folder with the real tokenizer and a tiny random decoder."""
+  config = DecoderConfig(
+    vocab=smollm.config.vocab,
+    features=16,
+    layers=4,
+    heads=2,
+    kv_heads=1,
+    head_dim=8,
+    hidden=24,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+  )
+  apply, unembed = decoder.functions(config)
+  small = dataclasses.replace(
+    smollm,
+    config=config,
+    variables=jax.jit(decoder.init, static_argnums=0)(
+      config, jax.random.key(0)
+    ),
+    apply=apply,
+    unembed=unembed,
+  )
+  path = tmp_path_factory.mktemp('model') / 'small'
+  models.save(small, path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def config(folder):
+  config = main.load_config('study:tiny')
+  main.override(config, 'model', str(folder))
+  return config
+
+
+@pytest.fixture(scope='module')
+def finished(config, tmp_path_factory):
+  """A workdir with a whole study in it, and its results."""
+  workdir = tmp_path_factory.mktemp('runs') / 'whole'
+  return workdir, study.run(config, workdir, quiet=True)
+
+
+def test_a_study_answers(finished):
+  workdir, results = finished
+  assert set(results['times']) == set(PHASES)
+  assert set(results['arms']) == {
+    'base/free', 'base/capped', 'base/random', 'rl/free', 'rl/capped',
+  }  # fmt: skip
+  assert results['answer']['headline']
+  page = (workdir / 'report.html').read_text()
+  assert results['answer']['headline'] in page
+  assert json.loads((workdir / 'results.json').read_text()) == results
+
+
+def test_free_arms_never_cap_and_capped_arms_do(finished):
+  arms = finished[1]['arms']
+  for name, arm in arms.items():
+    fired = arm['summary']['fired']['mean']
+    assert (fired == 0) == name.endswith('free'), name
+
+
+def test_a_ceiling_lowers_the_projection(finished):
+  effects = {
+    (e['name'], e['metric']): e['difference']['mean']
+    for e in finished[1]['effects']
+  }
+  assert effects['cap', 'projection'] < 0
+
+
+@pytest.mark.parametrize('phase', PHASES)
+def test_a_killed_study_goes_on(config, finished, tmp_path, phase, monkeypatch):
+  """Files up to a phase are there, that phase dies once, then all is well."""
+  import shutil
+
+  workdir, results = finished
+  again = tmp_path / 'again'
+  shutil.copytree(workdir, again)
+  for later in PHASES[PHASES.index(phase) :]:
+    (again / f'{later}.json').unlink()
+  if phase in PHASES[:5]:
+    shutil.rmtree(again / 'policies', ignore_errors=True)
+  if phase in PHASES[:4]:
+    shutil.rmtree(again / 'arms', ignore_errors=True)
+  if phase == 'cap':
+    (again / 'arms' / 'rl-free.npz').unlink()
+  (again / 'results.json').unlink()
+  whole = getattr(study.Study, phase)
+
+  def dies(self):
+    whole(self)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(study.Study, phase, dies)
+    study.run(config, again, quiet=True)
+  assert not (again / f'{phase}.json').exists()
+  assert not (again / 'results.json').exists()
+  assert not list(again.rglob('*.partial'))
+  same = study.run(config, again, quiet=True)
+  assert _numbers(same) == _numbers(results)
+
+
+def _numbers(results):
+  """What must not depend on when the run was killed."""
+  kept = {k: v for k, v in results.items() if k not in ('times', 'about')}
+  steps = [
+    {k: v for k, v in step.items() if k != 'seconds'}
+    for step in kept['rl']['steps']
+  ]
+  return kept | {'rl': kept['rl'] | {'steps': steps}}
+
+
+def test_a_workdir_belongs_to_one_config(finished, folder, capsys):
+  said = _fails(
+    capsys,
+    'study', '--config=study:tiny', f'--config.model={folder}',
+    '--config.seed=1', f'--workdir={finished[0]}',
+  )  # fmt: skip
+  assert 'seed (0 there, 1 here)' in said and 'another --workdir' in said
+
+
+@pytest.mark.parametrize(
+  'override, words',
+  [
+    ('rollout.lnes=8', ("'rollout.lnes'", "'rollout.lines'")),
+    ('rollout.lines=0', ('rollout.lines=0', '2 or more')),
+    ('rollout.lines=many', ("'many'", 'int')),
+    ('rollout=3', ('is a group',)),
+    ('rl.group=3', ('rollout.batch=4', 'rl.group=3')),
+    ('rollout.prompt_tokens=40', ('prompt_tokens=40', 'raise the limit')),
+    ('cap.hold=nobody', ("'nobody'", "'persona'")),
+    ('model=nothing-here', ('nothing-here',)),
+    ('evaluation.personas=/no/such/file.json', ('/no/such/file.json',)),
+  ],
+)
+def test_bad_fields_get_one_sentence(override, words, folder, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  said = _fails(
+    capsys,
+    'study', '--config=study:tiny', f'--config.model={folder}',
+    f'--config.{override}', f'--workdir={workdir}', '--quiet',
+  )  # fmt: skip
+  for word in words:
+    assert word in said
+  assert not (workdir / 'space.json').exists()
+
+
+def test_an_empty_persona_file(folder, tmp_path, capsys):
+  empty = tmp_path / 'empty.json'
+  empty.write_text('')
+  said = _fails(
+    capsys,
+    'study', '--config=study:tiny', f'--config.model={folder}',
+    f'--config.evaluation.personas={empty}',
+    f'--workdir={tmp_path / "run"}', '--quiet',
+  )  # fmt: skip
+  assert 'empty.json' in said and 'empty or cut short' in said
+
+
+def test_unknown_words_on_the_command_line(capsys):
+  assert "'study'" in _fails(capsys, 'studdy')
+  assert 'study:huge' in _fails(capsys, 'study', '--config=study:huge')
+  assert '--workdir' not in _fails(capsys, 'study', '--config=stuy')
+  assert "'workdir'" in _fails(capsys, 'study', '--wrkdir=x')
+
+
+def test_help_names_programs_and_configs(capsys):
+  with pytest.raises(SystemExit) as stop:
+    main.run(['--help'])
+  assert stop.value.code == 0
+  said = capsys.readouterr().out
+  assert 'study' in said and '--config.rollout.lines=8' in said
+
+
+def test_json_is_whole_or_absent(tmp_path):
+  path = tmp_path / 'x.json'
+  metrics.write_json(path, {'a': float('nan')})
+  assert metrics.read_json(path) == {'a': None}
+  with pytest.raises(TypeError):
+    metrics.write_json(path, {'a': object()})
+  assert metrics.read_json(path) == {'a': None}
+  assert not path.with_name('x.json.partial').exists()
+
+
+def _fails(capsys, *argv) -> str:
+  with pytest.raises(SystemExit) as stop:
+    main.run(list(argv))
+  assert stop.value.code == 1
+  said = capsys.readouterr().err.strip()
+  assert '\n' not in said and 'Traceback' not in said
+  return said
