@@ -18,7 +18,7 @@ def get_config(arg: str = 'laptop'):
     tokens=24,  # longest reply
   )
   c.rollout = dict(
-    batch=16,  # rows of every program
+    batch=12,  # rows of every program
     lines=6,  # of both speakers, the opening included
     tokens=26,  # longest line; the longest opening that ships has 26
     prompt_tokens=112,  # longest prompt that ships has 105
@@ -45,7 +45,7 @@ def get_config(arg: str = 'laptop'):
     last=0.7,
     first_position=1,  # 0 would cap the attention sink too
   )
-  c.evaluation = dict(dialogues=16, personas='')  # '': those that ship
+  c.evaluation = dict(dialogues=12, personas='')  # '': those that ship
   c.capability = dict(questions=40, stretch=64)
   c.controls = dict(random_cap=True, shuffled_rl=False)
   if arg == 'full':
