@@ -24,18 +24,18 @@ def get_config(arg: str = 'laptop'):
     prompt_tokens=112,  # longest prompt that ships has 105
     temperature=0.8,
   )
-  c.judges = dict(lines=96, pairs=48)  # labelled ones to score
+  c.judges = dict(lines=72, pairs=36)  # labelled ones to score
   c.rl = dict(
     algorithm='grpo',
-    steps=4,
+    steps=3,
     lines=4,  # of a training dialogue
     group=4,  # dialogues of one scenario; batch / group scenarios a step
-    learning_rate=1e-5,
+    learning_rate=2e-5,
     kl=0.02,
     max_grad_norm=1.0,
     microbatches=1,
     chunk=512,  # tokens whose logits exist at a time
-    save_every=2,
+    save_every=3,
     rewards=dict(prompt_to_line=1.0, line_to_line=0.5),
   )
   c.cap = dict(
@@ -46,7 +46,7 @@ def get_config(arg: str = 'laptop'):
     first_position=1,  # 0 would cap the attention sink too
   )
   c.evaluation = dict(dialogues=12, personas='')  # '': those that ship
-  c.capability = dict(questions=40, stretch=64)
+  c.capability = dict(questions=24, stretch=64)
   c.controls = dict(random_cap=True, shuffled_rl=False)
   if arg == 'full':
     _full(c)
@@ -66,7 +66,14 @@ def _full(c):
   )
   c.rollout.update(batch=128, lines=16, tokens=64)
   c.judges.update(lines=144, pairs=72)
-  c.rl.update(steps=200, lines=16, group=8, microbatches=4, save_every=20)
+  c.rl.update(
+    steps=200,
+    lines=16,
+    group=8,
+    learning_rate=1e-6,
+    microbatches=4,
+    save_every=20,
+  )
   c.evaluation.dialogues = 256
   c.capability.questions = 80
   c.controls.shuffled_rl = True

@@ -150,7 +150,7 @@ def _headline(by, symptom, second, trust):
   symptom_moved = [
     _side(by['RL', metric])
     for metric, judge in ((symptom, 'likelihood'), (second, 'verdict'))
-    if trust['prompt_to_line'][judge]['auc']['low'] > 0.5
+    if _valid(trust['prompt_to_line'][judge]['auc'])
   ]
   pull = _side(by['RL', PROJECTION])
   surface = {
@@ -224,12 +224,19 @@ def _believe(trust):
   said = []
   for judge, role in (('likelihood', 'training'), ('verdict', 'independent')):
     area = trust['prompt_to_line'][judge]['auc']
-    valid = '' if area['low'] > 0.5 else ': not told from chance'
+    known = area['low'] is not None
+    range_ = f' [{area["low"]:.2f}, {area["high"]:.2f}]' if known else ''
+    doubt = '' if _valid(area) else ': not told from chance'
     said.append(
-      f'The {role} judge ({judge}) has AUC {area["mean"]:.2f} '
-      f'[{area["low"]:.2f}, {area["high"]:.2f}] on labelled lines{valid}.'
+      f'The {role} judge ({judge}) has AUC {area["mean"]:.2f}{range_} on '
+      f'labelled lines{doubt}.'
     )
   return said
+
+
+def _valid(area: dict) -> bool:
+  """Whether an AUC, as read from a record, is told from one half."""
+  return area['low'] is not None and area['low'] > 0.5
 
 
 def _capital(name):

@@ -149,5 +149,6 @@ def _within(tokens, length):
 
 def rows(dialogue: Dialogue, choose) -> Dialogue:
   """`choose(x)` of every array that has a row a dialogue."""
-  chosen = jax.tree.map(choose, dataclasses.replace(dialogue, who=None))
-  return dataclasses.replace(chosen, who=dialogue.who)
+  names = {field.name for field in dataclasses.fields(dialogue)} - {'who'}
+  chosen = {name: choose(getattr(dialogue, name)) for name in names}
+  return dataclasses.replace(dialogue, **chosen)

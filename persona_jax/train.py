@@ -125,9 +125,10 @@ def _update(lab: Lab, config, optimizer, state: TrainState, mesh):
   trained = decoder.functions(
     lab.model.config, dtype=jnp.dtype(config.dtype), remat=True
   )
+  apply = sharding.by_rows(trained.apply, mesh)
   temperature = config.rollout.temperature
   loss_fn = policy_loss(
-    trained.apply,
+    apply,
     trained.unembed,
     functools.partial(algorithm.loss, kl=rl.kl),
     {},
@@ -140,7 +141,7 @@ def _update(lab: Lab, config, optimizer, state: TrainState, mesh):
       to_batch(lab, said, values, algorithm, rl.group),
       sharding.batch_sharding(mesh),
     )
-    hidden, _ = trained.apply(base, batch.tokens, batch.positions)
+    hidden, _ = apply(base, batch.tokens, batch.positions)
     reference = token_logprobs(
       trained.unembed,
       base,

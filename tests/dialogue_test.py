@@ -97,3 +97,11 @@ def test_dead_rows_count_nowhere():
   masks = dialogue.mask, dialogue.body_mask, dialogue.spoken(0)
   for mask in masks:
     assert not mask[1].any() and mask[0].any() and mask[2].any()
+
+
+def test_rows_are_chosen_from_every_array_but_who():
+  dialogue, some = fakes.made_up(lines=5), np.array([2, 0])
+  chosen = fakes.plain(dialogues.rows(dialogue, lambda x: x[some]))
+  for name, x in vars(fakes.plain(dialogue)).items():
+    want = x if name == 'who' else x[some]
+    np.testing.assert_array_equal(getattr(chosen, name), want, name)

@@ -25,8 +25,6 @@ CONFIG = config.DecoderConfig(
   hidden=48,
   rope_theta=500.0,
   norm_eps=1e-6,
-  qkv_bias=True,
-  qk_norm=True,
 )
 FRAMES = (  # of different sizes, in tokens that no prompt holds
   dialogue.Frame(jnp.array([290, 291, 292]), jnp.array([293, 294])),

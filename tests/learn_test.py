@@ -30,6 +30,14 @@ CONFIG = models.DecoderConfig(
 APPLY, UNEMBED = decoder.functions(CONFIG)
 B, S, M = 8, 12, 6
 
+quickly = functools.partial(  # most of the time goes into compiling
+  jax.jit,
+  compiler_options={
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+  },
+)
+
 
 @pytest.fixture(scope='module')
 def variables():
@@ -225,7 +233,7 @@ def test_weights_make_means(batch):
 
 
 @pytest.mark.parametrize(
-  ('chunk', 'temperature'), [(1, 1.0), (7, 0.7), (48, 1.0), (256, 0.7)]
+  ('chunk', 'temperature'), [(1, 1.0), (17, 0.7), (36, 1.0), (256, 0.7)]
 )
 def test_token_logprobs_are_the_naive_ones(
   variables, batch, chunk, temperature
@@ -290,7 +298,7 @@ def update(variables):
   loss_fn = step.policy_loss(
     APPLY, UNEMBED, LOSS, {}, temperature=0.8, chunk=16
   )
-  return jax.jit(
+  return quickly(
     functools.partial(learn.train_step, loss_fn=loss_fn, optimizer=OPTIMIZER),
     static_argnames='microbatches',
   )
@@ -303,7 +311,7 @@ def test_the_step_goes_down_the_gradient_of_the_loss(variables, batch, update):
     logprobs = naive_logprobs({'params': params}, batch, 0.8)
     return LOSS(logprobs, batch, weights)[0]
 
-  loss, grads = jax.jit(jax.value_and_grad(naive))(variables['params'])
+  loss, grads = quickly(jax.value_and_grad(naive))(variables['params'])
   state = learn.init_state(variables['params'], OPTIMIZER)
   after, metrics = update(state, batch, weights)
   np.testing.assert_allclose(metrics['loss'], loss, rtol=1e-5)
@@ -394,7 +402,7 @@ def bandit(name):
     hidden, _ = APPLY({'params': params}, ones[:1], 0 * ones[:1])
     return jax.nn.log_softmax(UNEMBED({'params': params}, hidden)[0, 0])
 
-  @jax.jit
+  @quickly
   def train(state, start, key):
     table = logprobs(state.params)
     actions = jax.random.categorical(key, table, shape=ones.shape)

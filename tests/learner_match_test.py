@@ -108,9 +108,8 @@ def compiled(grad):
 
 @pytest.mark.parametrize('grad', [False, True])
 def test_only_a_chunk_of_logits_is_held(grad):
-  # 39 tokens: five chunks of 8.
+  # Of 39 tokens, 8 at a time.
   shapes = wide(compiled(grad))
-  assert (CHUNK, VOCAB) in shapes
   assert max(np.prod(shape) for shape in shapes) <= CHUNK * VOCAB
 
 

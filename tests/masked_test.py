@@ -59,3 +59,7 @@ def test_gradients_do_not_see_what_is_masked():
   np.testing.assert_allclose(grad[MASK], 2 * X[MASK] / 3, rtol=1e-6)
   grad = jax.grad(lambda x: masked.mean(x, MASK))(X)
   np.testing.assert_allclose(grad, MASK / 3, rtol=1e-6)
+  grad = jax.grad(lambda x: masked.std(x, MASK))(X)
+  # (x - mean) / (3 std): 1 - 8/3 over 3 sqrt(26/9), and so on.
+  want = (X - 8 / 3) / (26**0.5)
+  np.testing.assert_allclose(grad, jnp.where(MASK, want, 0), rtol=1e-5)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+import time
 
 import jax
 import pytest
@@ -114,6 +117,28 @@ def test_a_killed_study_goes_on(config, finished, tmp_path, phase, monkeypatch):
   assert not list(again.rglob('*.partial'))
   same = study.run(config, again, quiet=True)
   assert _numbers(same) == _numbers(results)
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_in_every_phase(config, folder, finished, tmp_path):
+  """The real program, killed once in each phase, ends with the same numbers."""
+  workdir = tmp_path / 'killed'
+  command = [
+    sys.executable, '-m', 'persona_jax.main', 'study', '--config=study:tiny',
+    f'--config.model={folder}', f'--workdir={workdir}', '--quiet',
+  ]  # fmt: skip
+  for before, phase in zip((None, *PHASES), PHASES, strict=False):
+    process = subprocess.Popen(command)
+    while before and not (workdir / f'{before}.json').exists():
+      assert process.poll() is None
+      time.sleep(0.05)
+    time.sleep(0.3)  # now the phase is under way
+    process.kill()
+    process.wait()
+    assert not (workdir / f'{phase}.json').exists(), phase
+  subprocess.run(command, check=True)
+  same = metrics.read_json(workdir / 'results.json')
+  assert _numbers(same) == _numbers(finished[1])
 
 
 def _numbers(results):

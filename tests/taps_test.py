@@ -122,8 +122,10 @@ def test_steers_act_after_caps(tiny):
   close(along(kept), np.clip(along(kept), 5 + LOW, 5 + HIGH))
 
 
-@pytest.mark.parametrize('remat', [False, True])
-@forms
+@pytest.mark.parametrize(
+  'form, remat',
+  [('stacked', False), ('stacked', True), ('unstacked', False)],
+)
 def test_caps_act_in_every_form_of_the_model(tiny, capped, form, remat):
   apply = decoder.functions(tiny.config, remat=remat).apply
   apply = jax.jit(taps.keep(taps.edited(apply, edits.stored), whole))

@@ -17,21 +17,27 @@ def token_logprobs(
 ) -> Float[Array, 'B M']:
   """log softmax(logits / temperature) of `tokens`, predicted at `before`.
 
-  Holds the logits of `chunk` tokens at a time, in the backward pass too: they
-  are computed again there.
+  Holds the logits of about `chunk` tokens at a time, as many of each row, so
+  that every device works on its own rows; in the backward pass too: they are
+  computed again there.
   """
+  batch, count = tokens.shape
+  size = min(max(chunk // batch, 1), count)
   at = jnp.take_along_axis(hidden, before[..., None], axis=1)
-  rows = at.reshape(-1, at.shape[-1])
-  flat = tokens.reshape(-1)
-  pad = -rows.shape[0] % chunk
-  rows = jnp.pad(rows, ((0, pad), (0, 0))).reshape(-1, chunk, rows.shape[1])
-  flat = jnp.pad(flat, (0, pad)).reshape(-1, chunk)
 
   @jax.checkpoint
   def some(rows, chosen):
     logits = unembed(variables, rows) / temperature
-    picked = jnp.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
-    return picked - jax.nn.logsumexp(logits, axis=1)
+    picked = jnp.take_along_axis(logits, chosen[..., None], axis=2)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=2)
 
-  logprobs = jax.lax.map(lambda x: some(*x), (rows, flat)).reshape(-1)
-  return logprobs[: tokens.size].reshape(tokens.shape)
+  parts = _parts(at, size), _parts(tokens, size)
+  logprobs = jax.lax.map(lambda x: some(*x), parts)  # [C B size]
+  return jnp.moveaxis(logprobs, 0, 1).reshape(batch, -1)[:, :count]
+
+
+def _parts(x, size):
+  """`[B M ...]` as `[C B size ...]`, filled up with zeros."""
+  pad = [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2)
+  x = jnp.pad(x, pad)
+  return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

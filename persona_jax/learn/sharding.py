@@ -1,5 +1,8 @@
 """Where arrays lie: a mesh, and rules over the names of parameters."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -10,7 +13,7 @@ from persona_jax import trees
 AXES = ('data', 'fsdp', 'tensor')
 
 RULES = (  # first match wins; the first axis of a layer's array is the layer
-  (r'embed/embedding', P('tensor', 'fsdp')),
+  (r'embed/(embedding|kernel)', P('tensor', 'fsdp')),  # and unembed/kernel
   (r'layers/(attn/[qkv]|mlp/(gate|up))/kernel', P(None, 'tensor', 'fsdp')),
   (r'layers/(attn/o|mlp/down)/kernel', P(None, 'fsdp', 'tensor')),
   (r'layers/attn/[qkv]/bias', P(None, 'tensor')),
@@ -44,6 +47,34 @@ def state_shardings(state, mesh: Mesh, rules=RULES):
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows over both the data and the fsdp axis."""
   return NamedSharding(mesh, P(('data', 'fsdp')))
+
+
+def by_rows(apply: Callable, mesh: Mesh) -> Callable:
+  """`apply` whose tokens and hidden states lie as the batch does.
+
+  Left alone, XLA may follow the weights instead and spread the features: then
+  every device holds all rows, and activations are summed over the mesh.
+
+  Raises:
+    ValueError: when called, if the rows do not divide over the mesh.
+  """
+  place = functools.partial(
+    jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh)
+  )
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+
+  def apply_by_rows(variables, tokens, positions, cache=None, **keywords):
+    if tokens.shape[0] % ways:
+      raise ValueError(
+        f'{tokens.shape[0]} rows do not divide over the {ways} ways of data '
+        'and fsdp; change the batch, the microbatches or the mesh.'
+      )
+    hidden, cache = apply(
+      variables, place(tokens), place(positions), cache, **keywords
+    )
+    return place(hidden), cache
+
+  return apply_by_rows
 
 
 def init_sharded(init, mesh: Mesh, *args, rules=RULES):
