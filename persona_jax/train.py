@@ -179,7 +179,12 @@ def _update(lab: Lab, config, optimizer, state: TrainState, mesh):
 
 
 def to_batch(lab: Lab, said: Dialogue, values, algorithm, group: int) -> Batch:
-  """The persona speaker's lines of grouped dialogues as a learner's batch."""
+  """The persona speaker's lines of grouped dialogues as a learner's batch.
+
+  The old log-probabilities are those of sampling, where no line may begin with
+  a stop token; the learner does not bar it, so on policy the ratio of a first
+  token is 1 - P(stop). `policy/ratio` shows how near to one that is.
+  """
   seen = view(said, POLICY, lab.frame)
   own = lambda x: x[:, POLICY::2]
   grouped = lambda x: x.reshape(-1, group, *x.shape[1:])

@@ -400,11 +400,16 @@ def test_judge_weights_are_no_constants_of_the_program(weights, dialogue):
   assert max(np.size(x) for x in traced.consts) == VOCAB * fakes.CONFIG.features
 
 
-def test_gradient_with_respect_to_the_judge_is_finite(weights, dialogue):
+@pytest.mark.parametrize('name', ['likelihood', 'verdict'])
+def test_gradient_with_respect_to_the_judge_is_finite(weights, name):
+  score, judge = JUDGES[name]
+  dialogue = fakes.made_up(batch=2, lines=2)
+
   @quickly
   @jax.grad
   def grads(weights):
-    return jnp.sum(both(weights, 1.0)(dialogue))
+    reward = rewards.prompt_to_line(score(judge(weights)))
+    return jnp.sum(reward(dialogue))
 
   grads = grads(weights)
   chex.assert_tree_all_finite(grads)

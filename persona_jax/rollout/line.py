@@ -159,7 +159,8 @@ def speak(
   line = end.line
   unread = live & ~line.stopped
   return line, Memory(
-    cache=_set_end(end.cache, memory.cache.end + size - 1),
+    # The same slots in use however early the loop ended.
+    cache=end.cache.replace(end=memory.cache.end + size - 1),
     position=memory.position + line.body - unread,
     pending=line.tokens[:, -1],
     is_pending=unread,
@@ -178,7 +179,3 @@ def _read(speaker, memory, tokens, valid):
     is_pending=jnp.zeros_like(memory.is_pending),
   )
   return hidden, memory
-
-
-def _set_end(cache, end):
-  return cache.replace(end=end)
