@@ -16,7 +16,7 @@ from persona_jax.dialogue import PARTNER, POLICY, Dialogue, Frame
 from persona_jax.models import cache, decoder
 from persona_jax.rewards import consistency
 
-VOCAB, B, N, T = fakes.CONFIG.vocab, 3, 5, 6
+VOCAB, B, N, T = fakes.CONFIG.vocab, 3, 6, 6
 FRAME = Frame(jnp.array([291, 292, 293]), jnp.array([294, 295]))
 NEUTRAL = jnp.array([280, 281, 282, 283])
 CUE = jnp.array([270, 271])
@@ -49,7 +49,7 @@ def dialogue():
   rng = np.random.default_rng(0)
   stopped = np.zeros((B, N), bool)
   stopped[1] = True
-  length = rng.integers(2, T + 1, (B, N))
+  length = rng.integers(3, T + 1, (B, N))
   length[0, 3] = 0  # an empty line
   return Dialogue(
     tokens=jnp.asarray(rng.integers(0, 260, (B, N, T))),
