@@ -23,6 +23,7 @@ SLOPES = {
   'slope/inconsistency': 'inconsistency/global/likelihood',
 }
 PROJECTION = 'projection'
+FIRED = 'fired'  # told apart from a free arm by construction: no effect
 
 
 def summarise(arm: Arm, kinds: list[str], ability: Capability | None) -> dict:
@@ -68,7 +69,7 @@ def effects(arms: dict[str, Arm]) -> list[dict]:
     if of not in arms or against not in arms:
       continue
     a, b = arms[of], arms[against]
-    for metric in a.values:
+    for metric in sorted(a.values.keys() - {FIRED}):
       difference = statistics.paired_difference(
         a.values[metric], a.mask, b.values[metric], b.mask
       )

@@ -29,7 +29,8 @@ def asked(config, seed: int) -> tuple[list[str], list[Asked]]:
   gets them under each of its prompts, `config.default_questions` times.
   """
   roles, default = corpus.archetypes()
-  roles = roles[:: max(1, len(roles) // config.roles)][: config.roles]
+  spread = np.linspace(0, len(roles) - 1, min(config.roles, len(roles)))
+  roles = [roles[round(i)] for i in spread]  # of every group
   questions = corpus.questions()
   rng = np.random.default_rng(seed)
 
