@@ -93,13 +93,13 @@ def scenario(
     'tokens',
   )
   return Scenario(
-    ids=np.array([script.index for script, _ in told], np.int32),
-    samples=np.array([sample for _, sample in told], np.int32),
-    prompts=np.stack([tokens[PARTNER], tokens[POLICY]], 1),
-    prompt_length=np.stack([length[PARTNER], length[POLICY]], 1),
-    opening=opening,
-    opening_length=opening_length,
-    live=np.arange(rows) < rows - idle,
+    ids=jnp.array([script.index for script, _ in told], jnp.int32),
+    samples=jnp.array([sample for _, sample in told], jnp.int32),
+    prompts=jnp.stack([tokens[PARTNER], tokens[POLICY]], 1),
+    prompt_length=jnp.stack([length[PARTNER], length[POLICY]], 1),
+    opening=jnp.asarray(opening),
+    opening_length=jnp.asarray(opening_length),
+    live=jnp.arange(rows) < rows - idle,
   )
 
 
@@ -119,20 +119,20 @@ def labelled_pairs(chat: Chat, pairs) -> Dialogue:
 def _dialogue(chat, said, prompt):
   rows, lines = len(said), len(said[0])
   tokens, length = padded([chat.encode(x) for some in said for x in some])
-  tokens = tokens.reshape(rows, lines, -1)
-  blank = np.zeros(tokens.shape, np.float32)
+  tokens = jnp.asarray(tokens.reshape(rows, lines, -1))
+  blank = jnp.zeros(tokens.shape, jnp.float32)
   return Dialogue(
     tokens=tokens,
-    length=length.reshape(rows, lines),
-    stopped=np.zeros((rows, lines), bool),
+    length=jnp.asarray(length.reshape(rows, lines)),
+    stopped=jnp.zeros((rows, lines), bool),
     logprobs=blank,
     raw_logprobs=blank,
-    who=np.arange(lines) % 2,
-    prompts=np.stack([prompt[0]] * 2, 1),
-    prompt_length=np.stack([prompt[1]] * 2, 1),
-    scenario=np.arange(rows),
-    sample=np.zeros(rows, np.int32),
-    live=np.ones(rows, bool),
+    who=jnp.arange(lines) % 2,
+    prompts=jnp.stack([prompt[0]] * 2, 1),
+    prompt_length=jnp.stack([prompt[1]] * 2, 1),
+    scenario=jnp.arange(rows),
+    sample=jnp.zeros(rows, jnp.int32),
+    live=jnp.ones(rows, bool),
   )
 
 

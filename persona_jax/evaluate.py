@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from persona_jax import data, metrics, rewards
@@ -91,7 +92,8 @@ def run_arm(
   key = jax.random.fold_in(jax.random.key(config.seed), 2)
   variables = lab.variables(policy, caps)
   speakers = (lab.partner, lab.speaker(variables))
-  probed = lab.variables(policy, edits.merged(caps, edits.probes(axis)))
+  probes = edits.probes(jnp.asarray(axis))
+  probed = lab.variables(policy, edits.merged(caps, probes))
   parts = []
   for rows in batches(len(scripts), lab.batch):
     scenario = data.scenario(

@@ -193,7 +193,7 @@ def batches(count: int, size: int):
   return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
-def fill(x: np.ndarray, rows: int) -> np.ndarray:
+def fill(x: np.ndarray | jax.Array, rows: int) -> jax.Array:
   """`x` with its first row repeated until it has `rows` rows."""
   missing = rows - x.shape[0]
-  return np.concatenate([x, np.repeat(x[:1], missing, axis=0)])
+  return jnp.concatenate([x, jnp.repeat(x[:1], missing, axis=0)])

@@ -86,7 +86,13 @@ def test_a_ceiling_lowers_the_projection(finished):
   assert effects['cap', 'projection'] < 0
 
 
-@pytest.mark.parametrize('phase', PHASES)
+_EACH_TAKES_A_MINUTE = [
+  pytest.param(phase, marks=[] if phase == 'cap' else pytest.mark.slow)
+  for phase in PHASES
+]
+
+
+@pytest.mark.parametrize('phase', _EACH_TAKES_A_MINUTE)
 def test_a_killed_study_goes_on(config, finished, tmp_path, phase, monkeypatch):
   """Files up to a phase are there, that phase dies once, then all is well."""
   import shutil
@@ -163,7 +169,7 @@ def test_a_workdir_belongs_to_one_config(finished, folder, capsys):
 @pytest.mark.parametrize(
   'override, words',
   [
-    ('rollout.lnes=8', ("'rollout.lnes'", "'rollout.lines'")),
+    ('rollout.lnes=8', ('rollout.lnes', "'rollout.lines'")),
     ('rollout.lines=0', ('rollout.lines=0', '2 or more')),
     ('rollout.lines=many', ("'many'", 'int')),
     ('rollout=3', ('is a group',)),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float, Num, Shaped
 
 _RESAMPLES = 2000
 
@@ -25,7 +25,7 @@ class Interval(NamedTuple):
 
 def bootstrap(
   statistic: Callable,
-  *data: Num[np.ndarray, 'B ...'],
+  *data: Shaped[np.ndarray, 'B ...'],
   seed: int = 0,
   resamples: int = _RESAMPLES,
 ) -> Interval:
