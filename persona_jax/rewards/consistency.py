@@ -1,9 +1,9 @@
 """Persona consistency: each line against the prompt, and against earlier lines.
 
-A judge gives a score, higher for consistent; `probability` turns it into the
-chance of consistency by a slope and an offset that were fitted to labelled
-lines (`analysis.calibration`). An uninformative judge has slope 0: its reward
-is constant and trains nothing.
+A judge gives a score, higher for consistent; a slope and an offset that were
+fitted to labelled lines (`analysis.calibration`) turn it into the chance of
+consistency. A judge that pointed the wrong way there has slope 0: its reward is
+constant and trains nothing. A small slope does not make a judge valid.
 """
 
 import jax
