@@ -1,6 +1,7 @@
 """Language models: decoders, their checkpoints and their tokenizers."""
 
+from persona_jax.models.checkpoint import CheckpointError
 from persona_jax.models.config import DecoderConfig
 from persona_jax.models.load import LanguageModel, load, save
 
-__all__ = ['DecoderConfig', 'LanguageModel', 'load', 'save']
+__all__ = ['CheckpointError', 'DecoderConfig', 'LanguageModel', 'load', 'save']

@@ -13,6 +13,10 @@ from persona_jax.models import config as config_lib
 ENDS = ('<|im_end|>', '<|endoftext|>', '<|eot_id|>', '<|end_of_text|>', '</s>')
 
 
+class CheckpointError(ValueError):
+  """A checkpoint, or a part of it, that cannot be read as it should."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
   """Everything that a file format tells; tensors are read one by one."""

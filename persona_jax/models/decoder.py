@@ -104,7 +104,7 @@ class Decoder(nn.Module):
   def _scanned(self, x, cache, context):
     layers = nn.scan(
       self._block(),
-      variable_axes={'params': 0, 'edits': 0, 'acts': 0},
+      variable_axes={'params': 0, 'lora': 0, 'edits': 0, 'acts': 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast),
       length=self.config.layers,
