@@ -389,6 +389,24 @@ def test_the_learner_applies_the_edits_of_the_rollout(variables, batch):
   assert abs(pushed - free) > 1e-2
 
 
+def test_what_is_not_trained_stays_under_what_is(variables, batch):
+  # The MLPs alone, the rest of the parameters frozen in `variables`.
+  params, weights = variables['params'], losses.per_token(batch)
+  mlp = {'layers': {'mlp': params['layers']['mlp']}}
+  rest = {**params, 'layers': {**params['layers'], 'mlp': {}}}
+  loss_fn = functools.partial(
+    step.policy_loss, APPLY, UNEMBED, LOSS, temperature=1.0, chunk=16
+  )
+  gradient = lambda more: jax.grad(loss_fn(more), has_aux=True)
+  part, aux = quickly(gradient({'params': rest}))(mlp, batch, weights)
+  whole, same = quickly(gradient({}))(params, batch, weights)
+  assert jax.tree.structure(part) == jax.tree.structure(mlp)
+  chex.assert_trees_all_close(
+    part['layers']['mlp'], whole['layers']['mlp'], atol=1e-6
+  )
+  chex.assert_trees_all_close(aux, same, rtol=1e-5)
+
+
 def bandit(name):
   """A step of a toy: after token 1, token 7 is worth one."""
   algorithm = learn.ALGORITHMS[name]

@@ -19,7 +19,7 @@ import pytest
 from persona_jax import dialogue as dialogues
 from persona_jax import learn, models, rewards, trees
 from persona_jax.learn import losses, sharding, step
-from persona_jax.models import cache, decoder
+from persona_jax.models import cache, decoder, lora
 
 pytestmark = pytest.mark.devices
 
@@ -237,6 +237,78 @@ def test_each_device_works_on_its_own_rows(variables, batch, alone):
 def test_rows_that_do_not_divide_over_the_mesh(variables, batch):
   with pytest.raises(ValueError, match='4 rows do not divide over the 8 ways'):
     on_mesh(MESHES[0], variables, batch, microbatches=4)
+
+
+# Adapters.
+
+
+@pytest.fixture(scope='module')
+def adapter():
+  """(A and B, scales), every number of which matters."""
+  rng = np.random.default_rng(1)
+  init = functools.partial(lora.init, CONFIG, rank=3, alpha=2.0)
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  draw = lambda x: (0.3 * rng.standard_normal(x.shape)).astype(np.float32)
+  return lora.split(jax.tree.map(draw, shapes))
+
+
+def update_adapter(weights, base, scales, batch, rows=lambda apply: apply):
+  loss_fn = step.policy_loss(
+    rows(lora.adapted(APPLY)),
+    UNEMBED,
+    learn.clipped_loss,
+    {**base, 'lora': scales},
+    temperature=1.0,
+    chunk=48,
+    trained='lora',
+  )
+  return learn.train_step(
+    start(weights),
+    batch,
+    losses.per_sequence(batch),
+    loss_fn=loss_fn,
+    optimizer=OPTIMIZER,
+  )
+
+
+@on_meshes
+def test_adapters_are_spread_and_step_alike(variables, adapter, batch, shape):
+  want, whole = on_one(update_adapter, adapter[0], variables, adapter[1], batch)
+  assert whole['norm/grads'] > 0.1
+  mesh = sharding.make_mesh(shape)
+  base, weights = placed(variables, mesh), placed(adapter[0], mesh)
+  rows = jax.device_put(batch, sharding.batch_sharding(mesh))
+  by_rows = functools.partial(sharding.by_rows, mesh=mesh)
+  places = sharding.state_shardings(want, mesh)
+  moved = functools.partial(update_adapter, rows=by_rows)
+  got, metrics = jax.jit(moved, out_shardings=(places, None))(
+    weights, base, adapter[1], rows
+  )
+  assert_close(metrics, whole, 1e-4)
+  assert_close(got, want, 1e-5)
+  for name, leaf in trees.flatten(got.params).items():
+    kernel = base['params']
+    for part in name.split('/')[:-1]:
+      kernel = kernel[part]
+    _, out, size = kernel['kernel'].sharding.spec
+    spec = (None, None, size) if name.endswith('/a') else (None, out, None)
+    like = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+    assert leaf.sharding.is_equivalent_to(like, 3), name
+
+
+@on_meshes
+def test_what_is_merged_lies_where_it_lay(variables, adapter, shape):
+  full = {**variables, 'lora': lora.joined(*adapter)}
+  want = jax.device_get(lora.merge(full))
+  spread = placed(full, sharding.make_mesh(shape))
+  merged = lora.merge(spread)
+  assert_close(merged, want, 1e-5)
+  for got, before in zip(
+    jax.tree.leaves(merged),
+    jax.tree.leaves({'params': spread['params']}),
+    strict=True,
+  ):
+    assert got.sharding == before.sharding
 
 
 # Rewards.

@@ -17,6 +17,11 @@ RULES = (  # first match wins; the first axis of a layer's array is the layer
   (r'layers/(attn/[qkv]|mlp/(gate|up))/kernel', P(None, 'tensor', 'fsdp')),
   (r'layers/(attn/o|mlp/down)/kernel', P(None, 'fsdp', 'tensor')),
   (r'layers/attn/[qkv]/bias', P(None, 'tensor')),
+  # Adapters: a [L r in] and b [L out r] lie as their kernel's in and out do.
+  (r'layers/(attn/[qkv]|mlp/(gate|up))/a$', P(None, None, 'fsdp')),
+  (r'layers/(attn/[qkv]|mlp/(gate|up))/b$', P(None, 'tensor')),
+  (r'layers/(attn/o|mlp/down)/a$', P(None, None, 'tensor')),
+  (r'layers/(attn/o|mlp/down)/b$', P(None, 'fsdp')),
   (r'', P()),
 )
 

@@ -1,6 +1,6 @@
 """One update, for any algorithm, on any mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,16 +27,27 @@ def init_state(params: PyTree, optimizer) -> TrainState:
 
 
 def policy_loss(
-  apply, unembed, loss, variables: PyTree, *, temperature: float, chunk: int
+  apply,
+  unembed,
+  loss,
+  variables: PyTree,
+  *,
+  temperature: float,
+  chunk: int,
+  trained: str = 'params',
 ) -> Callable:
   """`loss_fn(params, batch, weights)` of a policy with `apply`.
 
   `variables` holds what is not trained, such as `edits`: the learner applies
-  the caps that the rollout applied, or its ratios would be wrong.
+  the caps that the rollout applied, or its ratios would be wrong. Large ones
+  must be arguments of the jitted step, or they become constants of it.
+
+  `trained` names the collection that `params` are the leaves of; what else it
+  holds (the scales of `lora`, a frozen part of a model) is in `variables`.
   """
 
   def loss_fn(params, batch: Batch, weights):
-    full = {**variables, 'params': params}
+    full = _over(variables, {trained: params})
     hidden, _ = apply(full, batch.tokens, batch.positions)
     logprobs = token_logprobs(
       unembed,
@@ -79,6 +90,16 @@ def train_step(
     'norm/updates': optax.tree.norm(updates),
   }
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _over(below, above):
+  """`below` with the leaves of `above` in or over it."""
+  if not (isinstance(below, Mapping) and isinstance(above, Mapping)):
+    return above
+  return {
+    **below,
+    **{k: _over(below.get(k), v) for k, v in above.items()},
+  }
 
 
 def _gradient(params, batch, weights, loss_fn, microbatches):
