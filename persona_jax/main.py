@@ -3,28 +3,41 @@
 import difflib
 import os
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-PROGRAMS = {'study': 'the whole question, from weights to a report'}
-_USAGE = """usage: persona-jax PROGRAM [--config=FILE[:arg]] [--workdir=DIR]
-                   [--config.field=value ...] [--quiet]
 
-programs:
+class Program(NamedTuple):
+  """A row of `persona-jax --help`: how it reads its words, what it does."""
+
+  about: str
+  flags: tuple[str, ...]  # lines that show them
+  parse: Callable[[list[str]], Any]
+  run: Callable[[Any], None]
+
+
+_USAGE = """usage: persona-jax PROGRAM ...
+
 {programs}
 
 A config is a file or a name among {configs}; any field can be overridden,
-as in --config.rollout.lines=8."""
+as in --config.rollout.lines=8. A source is a name that `persona-jax models`
+lists, hf:org/name, a Hugging Face folder or a .gguf file."""
 
 
 def run(argv: list[str] | None = None):
   """Runs a program and exits: 0 if it went well, 1 with one sentence if not."""
   argv = sys.argv[1:] if argv is None else argv
-  if not argv or argv[0] in ('-h', '--help', 'help'):
+  if not argv or argv[0] == 'help' or {'-h', '--help'} & set(argv):
     print(usage())
     raise SystemExit(0 if argv else 2)
+  name, *words = argv
   try:
-    program, config, options = parse(argv)
-    _PROGRAMS[program](config, options)
+    if name not in PROGRAMS:
+      raise ValueError(f'unknown program {name!r}{_near(name, PROGRAMS)}.')
+    program = PROGRAMS[name]
+    program.run(program.parse(words))
   except (ValueError, FloatingPointError, OSError, ImportError) as error:
     print(f'persona-jax: {error}', file=sys.stderr)
     raise SystemExit(1) from (error if os.environ.get(_DEBUG) else None)
@@ -35,41 +48,76 @@ def run(argv: list[str] | None = None):
 
 def usage() -> str:
   """What `persona-jax --help` prints."""
-  programs = '\n'.join(f'  {n:<8} {text}' for n, text in PROGRAMS.items())
-  return _USAGE.format(programs=programs, configs=', '.join(config_names()))
+  lines = []
+  for name, program in PROGRAMS.items():
+    lines.append(f'  {name:<8} {program.about}')
+    lines += [f'           {flags}' for flags in program.flags]
+  return _USAGE.format(
+    programs='\n'.join(lines), configs=', '.join(config_names())
+  )
 
 
-def parse(argv: list[str]):
-  """`(program, config, options)` of a command line.
+def read_words(
+  words: Iterable[str], defaults: Mapping[str, Any], free: str | None = None
+) -> tuple[list[str], dict[str, Any], list[tuple[str, str]]]:
+  """`(plain words, options, fields)` of `name --flag=value --quiet ...`.
+
+  Args:
+    words: what follows the program's name.
+    defaults: of every flag; it is read as the type of its default, and one
+      that is False takes no value.
+    free: flags that start with this are fields of some record: pairs.
 
   Raises:
     ValueError: names what is unknown and the nearest that exists.
   """
-  program, *rest = argv
-  if program not in PROGRAMS:
-    raise ValueError(f'unknown program {program!r}{_near(program, PROGRAMS)}.')
-  options = {'config': program, 'workdir': f'runs/{program}', 'quiet': False}
-  overrides = []
-  words = iter(rest)
+  plain, options, fields = [], dict(defaults), []
+  words = iter(words)
   for word in words:
-    if word == '--quiet':
-      options['quiet'] = True
+    if not word.startswith('--'):
+      plain.append(word)
       continue
     name, given, value = word.removeprefix('--').partition('=')
-    if not word.startswith('--'):
-      raise ValueError(f'unexpected {word!r}; flags look like --name=value.')
+    is_field = free is not None and name.startswith(free)
+    if name not in defaults and not is_field:
+      raise ValueError(f'unknown flag --{name}{_near(name, defaults)}.')
+    if not given and defaults.get(name) is False:
+      options[name] = True
+      continue
     if not given and (value := next(words, None)) is None:
       raise ValueError(f'{word} needs a value: {word}=...')
-    if name.startswith('config.'):
-      overrides.append((name.removeprefix('config.'), value))
-    elif name in ('config', 'workdir'):
-      options[name] = value
+    if is_field:
+      fields.append((name.removeprefix(free), value))
     else:
-      raise ValueError(f'unknown flag --{name}{_near(name, options)}.')
+      options[name] = _read(f'--{name}', value, defaults[name])
+  return plain, options, fields
+
+
+def parse_study(words: list[str]):
+  """`(config, options)` of the words that follow `study`."""
+  defaults = {'config': 'study', 'workdir': 'runs/study', 'quiet': False}
+  plain, options, fields = read_words(words, defaults, free='config.')
+  if plain:
+    raise ValueError(f'unexpected {plain[0]!r}; flags look like --name=value.')
   config = load_config(options['config'])
-  for field, value in overrides:
+  for field, value in fields:
     override(config, field, value)
-  return program, config, options
+  return config, options
+
+
+def parse_models(words: list[str]):
+  """`(sources, options)` of the words that follow `models`."""
+  defaults = {
+    'mesh': '',
+    'dtype': 'bfloat16',
+    'batch': 0,
+    'tokens': 4096,
+    'rank': 16,
+    'check': False,
+    'json': False,
+  }
+  sources, options, _ = read_words(words, defaults)
+  return sources, options
 
 
 def load_config(name: str):
@@ -99,7 +147,8 @@ def override(config, field: str, value: str):
   if isinstance(now, ConfigDict):
     raise ValueError(f'config.{field} is a group; set one of its fields.')
   with config.unlocked():
-    config.update_from_flattened_dict({field: _read(field, value, now)})
+    value = _read(f'config.{field}', value, now)
+    config.update_from_flattened_dict({field: value})
 
 
 def config_names() -> list[str]:
@@ -107,11 +156,12 @@ def config_names() -> list[str]:
   return sorted(path.stem for path in _config_folder().glob('*.py'))
 
 
-def _study(config, options):
+def _study(job):
   from rich.console import Console
 
   from persona_jax import report, study
 
+  config, options = job
   _compile_cache()
   console = Console()
   results = study.run(config, options['workdir'], quiet=options['quiet'])
@@ -120,7 +170,33 @@ def _study(config, options):
   console.print(f'{workdir / "report.html"}\n{workdir / "results.json"}')
 
 
-_PROGRAMS = {'study': _study}
+def _models(job):
+  from persona_jax import inventory
+
+  sources, options = job
+  inventory.run(sources, **options)
+
+
+PROGRAMS = {
+  'study': Program(
+    'the whole question, from weights to a report',
+    (
+      '[--config=FILE[:arg]] [--workdir=DIR] [--quiet]',
+      '[--config.field=value ...]',
+    ),
+    parse_study,
+    _study,
+  ),
+  'models': Program(
+    'what can be loaded, what is cached, and what fits on a mesh',
+    (
+      '[SOURCE ...] [--mesh=fsdp=8,tensor=2] [--dtype=bfloat16]',
+      '[--batch=ROWS] [--tokens=4096] [--rank=16] [--check] [--json]',
+    ),
+    parse_models,
+    _models,
+  ),
+}
 _DEBUG = 'PERSONA_JAX_DEBUG'  # set it to see where an error came from
 
 
@@ -162,7 +238,7 @@ def _fields(config, prefix=''):
   return found
 
 
-def _read(field, value, now):
+def _read(label, value, now):
   kind = type(now)
   try:
     if kind is bool:
@@ -170,7 +246,7 @@ def _read(field, value, now):
     return kind(value)
   except (ValueError, KeyError):
     raise ValueError(
-      f'config.{field}={value!r} is no {kind.__name__}; it is {now!r} now.'
+      f'{label}={value!r} is no {kind.__name__}; it is {now!r} now.'
     ) from None
 
 

