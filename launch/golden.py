@@ -1,4 +1,4 @@
-"""Golden numbers, computed by transformers: SmolLM2-135M and tiny decoders.
+"""Golden numbers, computed by transformers: SmolLM2-135M.
 
 Needs torch, transformers and gguf, none of which the package needs:
 
@@ -7,7 +7,6 @@ Needs torch, transformers and gguf, none of which the package needs:
 
 import argparse
 import json
-import zlib
 from pathlib import Path
 
 import torch
@@ -49,28 +48,10 @@ CONVERSATIONS = (
   ('user',),
 )
 LINES = ('You are Ada, 36.', 'Hi!', ' Hello\nyou ', 'Is it 5 €?', 'No.')
-TINY = {  # of each family, sizes that no two axes share
-  'vocab_size': 61,
-  'hidden_size': 24,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 4,
-  'num_key_value_heads': 2,
-  'intermediate_size': 40,
-  'max_position_embeddings': 64,
-  'rope_theta': 500.0,
-}
-FAMILIES = (
-  ('llama', {'tie_word_embeddings': True}),
-  ('llama', {'head_dim': 10}),
-  ('mistral', {'sliding_window': None}),
-  ('qwen2', {'tie_word_embeddings': True}),
-  ('qwen2', {}),
-  ('qwen3', {'head_dim': 8, 'tie_word_embeddings': True}),
-)
 
 
 def main():
-  """Writes model.json, families.json, tokens.json and chat.json."""
+  """Writes model.json, tokens.json and chat.json."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--folder', type=Path, required=True)
   parser.add_argument('--out', type=Path, required=True)
@@ -91,7 +72,6 @@ def main():
     }
   records = {
     'model': numbers,
-    'families': [tiny(kind, sizes) for kind, sizes in FAMILIES],
     'tokens': [{'text': t, 'ids': encode(tokenizer, t)} for t in TEXTS],
     'chat': chats(tokenizer),
   }
@@ -151,27 +131,6 @@ def mixed(model, tokenizer):
     'block_norms': last.norm(dim=-1).tolist(),
     'block_features': last[:, :8].tolist(),
   }
-
-
-def tiny(kind, sizes):
-  """A tiny decoder with weights by formula: its configuration and logits."""
-  config = transformers.AutoConfig.for_model(kind, **TINY | sizes)
-  model = transformers.AutoModelForCausalLM.from_config(config).eval()
-  ids = [(7 * i) % config.vocab_size for i in range(12)]
-  with torch.inference_mode():
-    for name, parameter in model.named_parameters():
-      parameter.copy_(formula(name, parameter.shape))
-    logits = model(torch.tensor([ids])).logits[0]
-  kept = json.loads(config.to_json_string(use_diff=False))
-  return {'config': kept, 'ids': ids, 'logits': logits[-2:].tolist()}
-
-
-def formula(name, shape):
-  """Weights that anyone can make again, told apart by their names."""
-  start = zlib.crc32(name.encode()) % 1000
-  wave = torch.sin(start + torch.arange(shape.numel(), dtype=torch.float64))
-  around = 1.0 if 'norm' in name else 0.0
-  return (around + 0.3 * wave).reshape(shape).float()
 
 
 def chats(tokenizer):

@@ -21,6 +21,7 @@ from persona_jax.models import (
   cache,
   families,
   folder,
+  gguf_fields,
   gguf_file,
   hub,
   lora,
@@ -104,14 +105,9 @@ def _named(name, check) -> dict[str, Any]:
 
 
 def _family(kind) -> dict[str, Any]:
-  ggufs = [k for k, v in _architectures().items() if v == kind]
+  ggufs = [k for k, v in gguf_fields.ARCHITECTURES.items() if v == kind]
   architecture = families.FAMILIES[kind].architecture
   return {'family': kind, 'architecture': architecture, 'gguf': ggufs}
-
-
-def _architectures() -> dict[str, str]:
-  """GGUF's general.architecture -> our family."""
-  return {kind: kind for kind in families.GGUF_ARCHITECTURES}
 
 
 def _own_cache() -> list[dict[str, Any]]:
@@ -165,8 +161,8 @@ def describe(place: str, needs=None) -> dict[str, Any]:
     'format': 'safetensors' if path.is_dir() else 'GGUF',
     'files': len(opened.files),
     'bytes': sum(file.stat().st_size for file in opened.files),
-    'family': families.to_hf(config)['model_type'],
-    'parameters': sum(map(math.prod, names.shapes(config).values())),
+    'family': config.family,
+    'parameters': names.parameters(config),
     'layers': config.layers,
     'features': config.features,
     'heads': config.heads,

@@ -18,7 +18,7 @@ other = functools.partial(dataclasses.replace, fakes.CONFIG)
 CONFIGS = {
   'llama': fakes.CONFIG,
   'qwen 2, untied': other(qkv_bias=True, tied=False, layers=3),
-  'qwen 3, a key for each head': other(qk_norm=True, kv_heads=6, head_dim=8),
+  'qwen 3, a key for each head': other(qk_norm='head', kv_heads=6, head_dim=8),
 }
 
 
@@ -48,7 +48,9 @@ def reference(config, variables, tokens):
     half = config.head_dim // 2
     out = np.zeros_like(x)
     for i in range(half):
-      angle = position * config.rope_theta ** (-2 * i / config.head_dim)
+      angle = position * config.kinds[0].rope.theta ** (
+        -2 * i / config.head_dim
+      )
       turn = np.array(
         [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
       )
@@ -109,7 +111,7 @@ def test_init_makes_the_variables_of_the_config(config):
   )
   names = ' '.join(trees.flatten(shapes))
   assert ('bias' in names) == config.qkv_bias
-  assert ('q_norm' in names) == config.qk_norm
+  assert ('q_norm' in names) == bool(config.qk_norm)
   assert ('unembed' in names) != config.tied
   layers = jax.tree.leaves(shapes['params']['layers'])
   assert {x.shape[0] for x in layers} == {config.layers}

@@ -15,6 +15,7 @@ from persona_jax import learn, models
 from persona_jax.learn import losses, step
 from persona_jax.learn.logprobs import token_logprobs
 from persona_jax.models import decoder
+from persona_jax.models.config import Kind, Rope
 
 CONFIG = models.DecoderConfig(
   vocab=40,
@@ -24,7 +25,7 @@ CONFIG = models.DecoderConfig(
   kv_heads=2,
   head_dim=8,
   hidden=48,
-  rope_theta=1e4,
+  kinds=(Kind(Rope(1e4)),),
   norm_eps=1e-6,
 )
 APPLY, UNEMBED = decoder.functions(CONFIG)

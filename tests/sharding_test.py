@@ -20,6 +20,7 @@ from persona_jax import dialogue as dialogues
 from persona_jax import learn, models, rewards, trees
 from persona_jax.learn import losses, sharding, step
 from persona_jax.models import cache, decoder, lora
+from persona_jax.models.config import Kind, Rope
 
 pytestmark = pytest.mark.devices
 
@@ -31,7 +32,7 @@ CONFIG = models.DecoderConfig(
   kv_heads=2,
   head_dim=8,
   hidden=48,
-  rope_theta=1e4,
+  kinds=(Kind(Rope(1e4)),),
   norm_eps=1e-6,
   tied=False,
 )

@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from persona_jax import models, taps
 from persona_jax.activations import Directions, calibration, edits, space
 from persona_jax.models import decoder
+from persona_jax.models.config import Kind, Rope
 
 CONFIG = models.DecoderConfig(
   vocab=300,
@@ -20,7 +21,7 @@ CONFIG = models.DecoderConfig(
   kv_heads=2,
   head_dim=8,
   hidden=48,
-  rope_theta=1e4,
+  kinds=(Kind(Rope(1e4)),),
   norm_eps=1e-6,
 )
 APPLY, _ = decoder.functions(CONFIG)

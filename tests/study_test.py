@@ -11,7 +11,7 @@ import pytest
 
 from persona_jax import main, metrics, models, study
 from persona_jax.models import decoder
-from persona_jax.models.config import DecoderConfig
+from persona_jax.models.config import DecoderConfig, Kind, Rope
 
 PHASES = ('model', 'space', 'judges', 'baseline', 'rl', 'cap', 'answer')
 
@@ -27,7 +27,7 @@ def folder(smollm, tmp_path_factory):
     kv_heads=1,
     head_dim=8,
     hidden=24,
-    rope_theta=1e4,
+    kinds=(Kind(Rope(1e4)),),
     norm_eps=1e-5,
   )
   apply, unembed = decoder.functions(config)

@@ -16,6 +16,8 @@ RULES = (  # first match wins; the first axis of a layer's array is the layer
   (r'embed/(embedding|kernel)', P('tensor', 'fsdp')),  # and unembed/kernel
   (r'layers/(attn/[qkv]|mlp/(gate|up))/kernel', P(None, 'tensor', 'fsdp')),
   (r'layers/(attn/o|mlp/down)/kernel', P(None, 'fsdp', 'tensor')),
+  (r'layers/mlp/experts/(gate|up)/kernel', P(None, 'tensor', None, 'fsdp')),
+  (r'layers/mlp/experts/down/kernel', P(None, 'tensor', 'fsdp')),
   (r'layers/attn/[qkv]/bias', P(None, 'tensor')),
   # Adapters: a [L r in] and b [L out r] lie as their kernel's in and out do.
   (r'layers/(attn/[qkv]|mlp/(gate|up))/a$', P(None, None, 'fsdp')),

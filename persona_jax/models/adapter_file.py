@@ -105,7 +105,7 @@ def _modules(config) -> dict[str, Module]:
 
 def _foreign(config, name) -> str:
   """Hugging Face's name of a kernel."""
-  return names.HUGGING_FACE[name]
+  return names.table(config, names.HUGGING_FACE)[name]
 
 
 def _exported(adapter, model):

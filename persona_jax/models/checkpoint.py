@@ -39,14 +39,14 @@ class Checkpoint:
     ids = (self.tokenizer.token_to_id(text) for text in texts)
     return tuple(sorted({i for i in (*ids, *self.ends) if i is not None}))
 
-  @property
-  def sha256(self) -> str:
-    """Of the file; of several shards, the hash of their hashes by name."""
-    with futures.ThreadPoolExecutor() as pool:
-      digests = list(pool.map(digest, sorted(self.files)))
-    if len(digests) == 1:
-      return digests[0]
-    return hashlib.sha256('\n'.join(digests).encode()).hexdigest()
+
+def sha256(files: tuple[Path, ...]) -> str:
+  """Of one file; of several, the hash of their hashes by name."""
+  with futures.ThreadPoolExecutor() as pool:
+    digests = list(pool.map(digest, sorted(files)))
+  if len(digests) == 1:
+    return digests[0]
+  return hashlib.sha256('\n'.join(digests).encode()).hexdigest()
 
 
 def digest(path: str | Path) -> str:

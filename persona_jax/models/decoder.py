@@ -1,8 +1,8 @@
 """One decoder-only transformer, with a tap at every place worth reading.
 
-The families (Llama, Qwen 2, 2.5 and 3) differ in `DecoderConfig` alone. With
-stacked parameters (`layers: [L, ...]`) the layers are scanned, for training;
-with unstacked ones (`trees.unstack_layers`) they are unrolled, for decoding.
+The families (`models.families`) differ in `DecoderConfig` alone. With stacked
+parameters (`layers: [L, ...]`) the layers are scanned, for training; with
+unstacked ones (`trees.unstack_layers`) they are unrolled, for decoding.
 """
 
 import functools
@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from persona_jax.models import attention, rope
 from persona_jax.models import cache as caches
+from persona_jax.models import experts as mixtures
 from persona_jax.models.cache import Cache
 from persona_jax.models.config import DecoderConfig
 from persona_jax.taps import Tap
@@ -28,16 +30,21 @@ class Functions(NamedTuple):
 
 
 def functions(
-  config: DecoderConfig, *, dtype=jnp.float32, remat: bool = False
+  config: DecoderConfig,
+  *,
+  dtype=jnp.float32,
+  remat: bool = False,
+  mix: Callable = mixtures.grouped,
 ) -> Functions:
   """The pure functions of a decoder; build them once, they are static.
 
   `apply(variables, tokens, positions, cache=None)` returns the normed hidden
   states and the cache. Position -1 marks padding. Keywords go to Flax's own
-  `Module.apply` (`mutable=...`).
+  `Module.apply` (`mutable=...`). `mix` computes a mixture of experts, if the
+  model has one (`experts.grouped`, `experts.sharded(mesh, axis)`).
   """
-  scanned = Decoder(config, dtype, scan=True, remat=remat)
-  unrolled = Decoder(config, dtype, scan=False, remat=remat)
+  scanned = Decoder(config, dtype, scan=True, remat=remat, mix=mix)
+  unrolled = Decoder(config, dtype, scan=False, remat=remat, mix=mix)
 
   def apply(variables, tokens, positions, cache=None, **keywords):
     module = scanned if 'layers' in variables['params'] else unrolled
@@ -47,12 +54,14 @@ def functions(
     params = variables['params']
     table = params['embed']['embedding']
     kernel = table if config.tied else params['unembed']['kernel']
-    return jnp.einsum(
+    logits = jnp.einsum(
       '...d,vd->...v',
       hidden,
       kernel.astype(hidden.dtype),
       preferred_element_type=jnp.float32,
     )
+    logits /= config.logit_divisor
+    return attention.softcap(logits, config.logit_softcap)
 
   return Functions(apply, unembed)
 
@@ -72,6 +81,7 @@ class Decoder(nn.Module):
   dtype: Any = jnp.float32
   scan: bool = True
   remat: bool = False
+  mix: Callable = mixtures.grouped
 
   @nn.compact
   def __call__(
@@ -83,42 +93,49 @@ class Decoder(nn.Module):
     config = self.config
     x = nn.Embed(config.vocab, config.features, name='embed')(tokens)
     if not config.tied:  # declared here, read by `unembed`
-      Unembed(config.vocab, name='unembed')(x)
+      Kernel((config.vocab, config.features), name='unembed')()
+    _check_length(config, tokens.shape[1] if cache is None else cache.size)
     if cache is not None:
       cache = caches.claim(cache, positions)
-    context = Context(
-      positions=positions,
-      rope=rope_angles(positions, config),
-      mask=attention_mask(positions, cache),
-      start=None if cache is None else cache.end - tokens.shape[1],
+    contexts = tuple(
+      _context(config, k, positions, cache) for k in config.kinds
     )
     layers = self._scanned if self.scan else self._unrolled
-    x, keys, values = layers(x.astype(self.dtype), cache, context)
+    x = x.astype(self.dtype)
+    if config.embed_scale != 1:
+      x *= jnp.asarray(config.embed_scale, self.dtype)
+    x, keys, values = layers(x, cache, contexts)
     if cache is not None:
       cache = cache.replace(keys=keys, values=values)
-    return RMSNorm(config.norm_eps, name='norm')(x), cache
+    return norm(config, 'norm')(x), cache
 
   def _block(self):
     return nn.remat(Block, prevent_cse=False) if self.remat else Block
 
-  def _scanned(self, x, cache, context):
+  def _scanned(self, x, cache, contexts):
     layers = nn.scan(
       self._block(),
       variable_axes={'params': 0, 'lora': 0, 'edits': 0, 'acts': 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast),
       length=self.config.layers,
-    )(self.config, self.dtype, name='layers')
+    )(self.config, self.dtype, self.mix, name='layers')
     memory = None if cache is None else (cache.keys, cache.values)
-    x, memory = layers(x, memory, context)
+    kind, context = None, contexts[0]
+    if len(contexts) > 1:
+      kind = jnp.asarray(self.config.kind_of, jnp.int32)
+      context = jax.tree.map(lambda *x: jnp.stack(x), *contexts)
+    x, memory = layers(x, (memory, kind), context)
     return x, *(memory or (None, None))
 
-  def _unrolled(self, x, cache, context):
+  def _unrolled(self, x, cache, contexts):
     keys, values = [], []
-    for i in range(self.config.layers):
-      layer = self._block()(self.config, self.dtype, name=f'layers_{i}')
+    for i, kind in enumerate(self.config.kind_of):
       memory = None if cache is None else (cache.keys[i], cache.values[i])
-      x, memory = layer(x, memory, context)
+      layer = self._block()(
+        self.config, self.dtype, self.mix, name=f'layers_{i}'
+      )
+      x, memory = layer(x, (memory, None), contexts[kind])
       if memory is not None:
         keys.append(memory[0])
         values.append(memory[1])
@@ -126,7 +143,7 @@ class Decoder(nn.Module):
 
 
 class Context(NamedTuple):
-  """What every layer of one pass shares."""
+  """What every layer of a kind shares in one pass."""
 
   positions: Int[Array, 'B T']
   rope: tuple[Float[Array, 'B T E'], Float[Array, 'B T E']]  # cosine, sine
@@ -134,22 +151,59 @@ class Context(NamedTuple):
   start: Int[Array, ''] | None  # the slot of the first token
 
 
+def _context(config, kind, positions, cache) -> Context:
+  return Context(
+    positions=positions,
+    rope=rope.angles(positions, kind.rope, config.head_dim),
+    mask=attention.mask(positions, cache, kind.window),
+    start=None if cache is None else cache.end - positions.shape[1],
+  )
+
+
+def _check_length(config, slots):
+  limits = [rope.limit(kind.rope) for kind in config.kinds]
+  limit = min((x for x in limits if x is not None), default=slots)
+  if slots > limit:
+    raise ValueError(
+      f'{slots} slots are more than the {limit} positions of the short '
+      f'LongRoPE frequencies; load the model with context={slots} or more.'
+    )
+
+
 class Block(nn.Module):
-  """Attention and a gated MLP, each before a residual sum."""
+  """Attention and a gated MLP, each added to the residual stream."""
 
   config: DecoderConfig
   dtype: Any
+  mix: Callable
 
   @nn.compact
-  def __call__(self, x, memory, context: Context):
-    norm = functools.partial(RMSNorm, self.config.norm_eps)
+  def __call__(self, x, each, context: Context):
+    config = self.config
+    memory, kind = each
+    if kind is not None:  # the contexts of all kinds, stacked
+      context = jax.tree.map(lambda x: x[kind], context)
     tap = functools.partial(Tap, context.positions)
-    attn, memory = Attention(self.config, self.dtype, name='attn')(
-      norm(name='attn_norm')(x), memory, context
+    heard, memory = Attention(config, self.dtype, name='attn')(
+      self._before('attn_norm', x), memory, context
     )
-    x = x + tap(name='attn_out')(attn)
-    mlp = MLP(self.config, self.dtype, name='mlp')(norm(name='mlp_norm')(x))
-    return tap(name='resid')(x + tap(name='mlp_out')(mlp)), memory
+    x = x + tap(name='attn_out')(self._after('attn_post_norm', heard))
+    thought = self._mlp()(self._before('mlp_norm', x))
+    x = x + tap(name='mlp_out')(self._after('mlp_post_norm', thought))
+    return tap(name='resid')(x), memory
+
+  def _mlp(self):
+    if self.config.experts is None:
+      return MLP(self.config, self.dtype, name='mlp')
+    return Mixture(self.config, self.dtype, self.mix, name='mlp')
+
+  def _before(self, name, x):
+    return norm(self.config, name)(x) if self.config.norm_before else x
+
+  def _after(self, name, x):
+    config = self.config
+    x = norm(config, name)(x) if config.norm_after else x
+    return x if config.residual_scale == 1 else x * config.residual_scale
 
 
 class Attention(nn.Module):
@@ -164,35 +218,43 @@ class Attention(nn.Module):
     queries = self._heads('q', config.heads, x)
     keys = self._heads('k', config.kv_heads, x)
     values = self._heads('v', config.kv_heads, x)
-    if config.qk_norm:
-      queries = RMSNorm(config.norm_eps, name='q_norm')(queries)
-      keys = RMSNorm(config.norm_eps, name='k_norm')(keys)
-    queries = rotate(queries, *context.rope)
-    keys = jnp.swapaxes(rotate(keys, *context.rope), 1, 2)  # [B H T E]
+    queries = rope.rotate(queries, *context.rope)
+    keys = jnp.swapaxes(rope.rotate(keys, *context.rope), 1, 2)  # [B H T E]
     values = jnp.swapaxes(values, 1, 2)
     if memory is not None:
-      keys = write(memory[0], keys, context.start)
-      values = write(memory[1], values, context.start)
+      keys = attention.write(memory[0], keys, context.start)
+      values = attention.write(memory[1], values, context.start)
       memory = (keys, values)
     weights = Tap(context.positions, name='attn_weights')(
-      attention_weights(queries, keys, context.mask)
+      attention.weights(
+        queries,
+        keys,
+        context.mask,
+        scale=config.attn_scale or config.head_dim**-0.5,
+        cap=config.attn_softcap,
+      )
     )
-    mixed = attention_mix(weights, values.astype(self.dtype))
+    mixed = attention.mix(weights, values.astype(self.dtype))
     out = Linear(config.features, dtype=self.dtype, name='o')(mixed)
     return out, memory
 
   def _heads(self, name, heads, x):
+    config = self.config
+    normed = config.qk_norm if name in ('q', 'k') else None
     y = Linear(
-      heads * self.config.head_dim,
-      bias=self.config.qkv_bias,
+      heads * config.head_dim,
+      bias=config.qkv_bias,
       dtype=self.dtype,
       name=name,
     )(x)
-    return y.reshape(*x.shape[:2], heads, self.config.head_dim)
+    if normed == 'whole':
+      y = norm(config, f'{name}_norm')(y)
+    y = y.reshape(*x.shape[:2], heads, config.head_dim)
+    return norm(config, f'{name}_norm')(y) if normed == 'head' else y
 
 
 class MLP(nn.Module):
-  """down(silu(gate(x)) * up(x))."""
+  """down(activation(gate(x)) * up(x))."""
 
   config: DecoderConfig
   dtype: Any
@@ -200,9 +262,51 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     linear = functools.partial(Linear, dtype=self.dtype)
+    act = ACTIVATIONS[self.config.activation]
     gate = linear(self.config.hidden, name='gate')(x)
     up = linear(self.config.hidden, name='up')(x)
-    return linear(self.config.features, name='down')(nn.silu(gate) * up)
+    return linear(self.config.features, name='down')(act(gate) * up)
+
+
+class Mixture(nn.Module):
+  """Experts, each a gated MLP; a router sends every token to a few of them."""
+
+  config: DecoderConfig
+  dtype: Any
+  mix: Callable
+
+  @nn.compact
+  def __call__(self, x):
+    config, experts = self.config, self.config.experts
+    router = Linear(experts.count, dtype=self.dtype, name='router')
+    scores = jax.nn.softmax(router(x).astype(jnp.float32))
+    weights, ids = jax.lax.top_k(scores, experts.active)
+    if experts.normalised:
+      weights /= jnp.sum(weights, axis=-1, keepdims=True)
+    kernels = Experts(config, name='experts')()
+    flat = lambda y: y.reshape(-1, y.shape[-1])
+    out = self.mix(
+      flat(x),
+      flat(weights.astype(self.dtype)),
+      flat(ids),
+      {k: v.astype(self.dtype) for k, v in kernels.items()},
+      ACTIVATIONS[config.activation],
+    )
+    return out.reshape(x.shape)
+
+
+class Experts(nn.Module):
+  """Declares the kernels of all experts, [E, out, in] each."""
+
+  config: DecoderConfig
+
+  @nn.compact
+  def __call__(self):
+    config, count = self.config, self.config.experts.count
+    wide = (count, config.hidden, config.features)
+    narrow = (count, config.features, config.hidden)
+    shapes = {'gate': wide, 'up': wide, 'down': narrow}
+    return {k: Kernel(shape, name=k)() for k, shape in shapes.items()}
 
 
 class Linear(nn.Module):
@@ -224,20 +328,26 @@ class Linear(nn.Module):
     return y
 
 
-class Unembed(nn.Module):
-  """Declares the kernel of an untied model; `Functions.unembed` reads it."""
+class Kernel(nn.Module):
+  """Declares a kernel and returns it."""
 
-  vocab: int
+  shape: tuple[int, ...]
 
   @nn.compact
-  def __call__(self, x):
-    self.param('kernel', _kernel_init, (self.vocab, x.shape[-1]), jnp.float32)
+  def __call__(self):
+    return self.param('kernel', _kernel_init, self.shape, jnp.float32)
+
+
+def norm(config: DecoderConfig, name: str) -> 'RMSNorm':
+  """A norm of the model's kind."""
+  return RMSNorm(config.norm_eps, config.norm_offset, name=name)
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale, in float32."""
+  """x / rms(x) * (scale + offset), in float32."""
 
   eps: float
+  offset: float = 0.0
 
   @nn.compact
   def __call__(self, x):
@@ -245,83 +355,13 @@ class RMSNorm(nn.Module):
     wide = x.astype(jnp.float32)
     square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(square + self.eps)
+    scale = scale.astype(jnp.float32) + self.offset
     return (wide * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
-def rope_angles(
-  positions: Int[Array, 'B T'], config: DecoderConfig
-) -> tuple[Float[Array, 'B T E'], Float[Array, 'B T E']]:
-  """Cosine and sine of position / theta^(2i/E), both halves alike."""
-  half = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32)
-  frequency = config.rope_theta ** (-half / config.head_dim)
-  where = jnp.maximum(positions, 0).astype(jnp.float32)
-  angle = jnp.einsum('bt,e->bte', where, jnp.tile(frequency, 2))
-  return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: Float[Array, 'B T H E'], cos, sin) -> Float[Array, 'B T H E']:
-  """Rotary embedding, pairing feature i with i + E/2."""
-  first, second = jnp.split(x, 2, axis=-1)
-  turned = jnp.concatenate([-second, first], axis=-1)
-  cos, sin = cos[:, :, None], sin[:, :, None]
-  return (x * cos + turned * sin).astype(x.dtype)
-
-
-def attention_mask(
-  positions: Int[Array, 'B T'], cache: Cache | None
-) -> Bool[Array, 'B T S']:
-  """A token sees the slots before it and itself, never padding."""
-  slots = positions if cache is None else cache.positions
-  start = 0 if cache is None else cache.end - positions.shape[1]
-  query = start + jnp.arange(positions.shape[1])
-  causal = jnp.arange(slots.shape[1])[None] <= query[:, None]
-  return causal[None] & (slots >= 0)[:, None]
-
-
-def attention_weights(
-  queries: Float[Array, 'B T H E'],
-  keys: Float[Array, 'B K S E'],
-  mask: Bool[Array, 'B T S'],
-) -> Float[Array, 'B K G T S']:
-  """Softmax in float32; a row that sees nothing attends evenly.
-
-  The G queries of a key head and the T tokens are one axis of the product:
-  XLA's CPU backend is five times slower when they are two.
-  """
-  batch, length, heads, size = queries.shape
-  kv_heads, slots = keys.shape[1:3]
-  grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, size)
-  grouped = jnp.transpose(grouped, (0, 2, 3, 1, 4)) * size**-0.5
-  scores = jnp.einsum(
-    'bkne,bkse->bkns',
-    grouped.reshape(batch, kv_heads, -1, size),
-    keys.astype(queries.dtype),
-    preferred_element_type=jnp.float32,
-  ).reshape(batch, kv_heads, -1, length, slots)
-  scores = jnp.where(mask[:, None, None], scores, _NEVER)
-  return jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
-
-
-def attention_mix(
-  weights: Float[Array, 'B K G T S'], values: Float[Array, 'B K S E']
-) -> Float[Array, 'B T HE']:
-  """The weighted values of all heads, side by side."""
-  batch, kv_heads, group, length, slots = weights.shape
-  flat = weights.reshape(batch, kv_heads, group * length, slots)
-  mixed = jnp.einsum('bkns,bkse->bkne', flat, values)
-  mixed = mixed.reshape(batch, kv_heads, group, length, -1)
-  return jnp.transpose(mixed, (0, 3, 1, 2, 4)).reshape(batch, length, -1)
-
-
-def write(
-  memory: Float[Array, 'B H S E'], new: Float[Array, 'B H T E'], start
-) -> Float[Array, 'B H S E']:
-  """`memory` with `new` in its slots from `start` on."""
-  zero = jnp.zeros((), start.dtype)
-  return jax.lax.dynamic_update_slice(
-    memory, new.astype(memory.dtype), (zero, zero, start, zero)
-  )
-
-
-_NEVER = -1e30  # finite, so that a row of padding stays finite
+ACTIVATIONS = {
+  'silu': nn.silu,
+  'gelu': functools.partial(nn.gelu, approximate=False),
+  'gelu_tanh': nn.gelu,
+}
 _kernel_init = nn.initializers.normal(0.02)

@@ -1,114 +1,76 @@
-"""Families of decoders: foreign configurations read as a `DecoderConfig`."""
+"""Families of decoders: foreign configurations read as a `DecoderConfig`.
 
+A family is a row: what it always does (`same`), and the Hugging Face fields
+that only it has. `from_hf` and `to_hf` are inverse to each other.
+"""
+
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
+from persona_jax.models import rope_fields
+from persona_jax.models.checkpoint import CheckpointError
+from persona_jax.models.config import DecoderConfig, Experts, Kind
+from persona_jax.models.fields import Fields
 
-from persona_jax.models import config as config_lib
-
-DecoderConfig = config_lib.DecoderConfig
+MOST = 1000  # layers, and experts of a layer
+SLIDING, FULL = 'sliding_attention', 'full_attention'
+_GEMMA = {
+  'norm_after': True,
+  'norm_offset': 1.0,
+  'activation': 'gelu_tanh',
+}
 
 
 class Family(NamedTuple):
-  """What a `model_type` means beyond its numbers."""
+  """What a `model_type` means beyond its numbers.
+
+  `slides(fields, layers)` tells the layers with a window. `more` reads what
+  no other family has, and `less` writes it.
+  """
 
   architecture: str  # the class of transformers
-  qkv_bias: bool = False
-  qk_norm: bool = False
-  head_dim: int | None = None  # None: features / heads
-  window: int | None = None  # sliding window of a config that names none
+  same: Mapping[str, Any] = {}  # fields of every DecoderConfig of the family
+  defaults: Mapping[str, Any] = {}  # of fields that a config.json may leave out
+  slides: Callable = lambda fields, layers: [False] * layers
+  ropes: Callable = rope_fields.same_everywhere
+  more: Callable = lambda fields, config: {}
+  less: Callable = lambda config: {}
 
 
-FAMILIES = {
-  'llama': Family('LlamaForCausalLM'),
-  'mistral': Family('MistralForCausalLM', window=4096),
-  'qwen2': Family('Qwen2ForCausalLM', qkv_bias=True),
-  'qwen3': Family('Qwen3ForCausalLM', qk_norm=True, head_dim=128),
-}
-GGUF_ARCHITECTURES = ('llama', 'qwen2', 'qwen3')  # mistral calls itself llama
+def from_hf(
+  config: Mapping[str, Any], *, inert: tuple[str, ...] = ()
+) -> DecoderConfig:
+  """The `DecoderConfig` of a Hugging Face config.json, already parsed.
 
-# Fields that change the numbers, and the only values that we compute.
-HF_ONLY = {
-  'hidden_act': ('silu',),
-  'attention_bias': (False,),
-  'mlp_bias': (False,),
-  'quantization_config': (None,),
-}
-GGUF_ONLY = {
-  'rope.scaling.type': ('none',),
-  'rope.scale_linear': (1.0,),
-  'expert_count': (0,),
-  'attention.sliding_window': (0,),
-}
+  Args:
+    config: the parsed file.
+    inert: names of unknown fields that may be ignored.
 
-
-def from_hf(config: dict[str, Any]) -> DecoderConfig:
-  """The `DecoderConfig` of a Hugging Face config.json, already parsed."""
-  kind = config.get('model_type')
-  family = _known(FAMILIES, kind, 'model_type')
-  for field, allowed in HF_ONLY.items():
-    _only(f'config.json: {field}', config.get(field, allowed[0]), allowed)
-  _no_window(config, family)
-  heads = _need(config, 'num_attention_heads')
-  features = _need(config, 'hidden_size')
-  return DecoderConfig(
-    vocab=_need(config, 'vocab_size'),
-    features=features,
-    layers=_need(config, 'num_hidden_layers'),
-    heads=heads,
-    kv_heads=config.get('num_key_value_heads') or heads,
-    head_dim=config.get('head_dim') or family.head_dim or features // heads,
-    hidden=_need(config, 'intermediate_size'),
-    rope_theta=_rope_theta(config),
-    norm_eps=config.get('rms_norm_eps', 1e-6),
-    tied=config.get('tie_word_embeddings', False),
-    qkv_bias=family.qkv_bias,
-    qk_norm=family.qk_norm,
-    max_positions=_need(config, 'max_position_embeddings'),
-  )
-
-
-def from_gguf(metadata: dict[str, Any], *, tied: bool) -> DecoderConfig:
-  """The `DecoderConfig` of a GGUF's metadata; tied: it has no output.weight."""
-  kind = metadata.get('general.architecture')
-  known = {k: FAMILIES[k] for k in GGUF_ARCHITECTURES}
-  family = _known(known, kind, 'general.architecture')
-  prefix = f'{kind}.'
-  field = {
-    k.removeprefix(prefix): v
-    for k, v in metadata.items()
-    if k.startswith(prefix)
-  }
-  for name, allowed in GGUF_ONLY.items():
-    _only(f'{kind}.{name}', field.get(name, allowed[0]), allowed)
-  heads = _need(field, 'attention.head_count')
-  features = _need(field, 'embedding_length')
-  head_dim = field.get('attention.key_length') or features // heads
-  for name in ('attention.value_length', 'rope.dimension_count'):
-    _only(f'{kind}.{name}', field.get(name, head_dim), (head_dim,))
-  return DecoderConfig(
-    vocab=len(_need(metadata, 'tokenizer.ggml.tokens')),
-    features=features,
-    layers=_need(field, 'block_count'),
-    heads=heads,
-    kv_heads=field.get('attention.head_count_kv') or heads,
-    head_dim=head_dim,
-    hidden=_need(field, 'feed_forward_length'),
-    rope_theta=_short(field.get('rope.freq_base', 10_000.0)),
-    norm_eps=_short(_need(field, 'attention.layer_norm_rms_epsilon')),
-    tied=tied,
-    qkv_bias=family.qkv_bias,
-    qk_norm=family.qk_norm,
-    max_positions=_need(field, 'context_length'),
-  )
+  Raises:
+    CheckpointError: a field is missing, contradictory, unknown or set to what
+      we do not compute; all unknown ones are named at once.
+  """
+  fields = Fields(config, 'config.json')
+  family = known(fields.text('model_type'), FAMILIES, 'model_type')
+  fields = fields.with_defaults(FAMILIES[family].defaults)
+  _refuse(fields)
+  read = _numbers(fields, family)
+  read |= _kinds(fields, FAMILIES[family], read['layers'], read['head_dim'])
+  read |= FAMILIES[family].same
+  read |= FAMILIES[family].more(fields, read)
+  fields.all_known(inert)
+  return make(read)
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
   """A config.json for `config`: the inverse of `from_hf`."""
-  kind = _kind(config)
+  family = FAMILIES[config.family]
+  sliding = [config.kinds[k].window is not None for k in config.kind_of]
+  activation = _ACTIVATIONS[config.activation]
   return {
-    'model_type': kind,
-    'architectures': [FAMILIES[kind].architecture],
+    'model_type': config.family,
+    'architectures': [family.architecture],
     'vocab_size': config.vocab,
     'hidden_size': config.features,
     'num_hidden_layers': config.layers,
@@ -116,79 +78,338 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     'num_key_value_heads': config.kv_heads,
     'head_dim': config.head_dim,
     'intermediate_size': config.hidden,
-    'hidden_act': 'silu',
+    _activation_field(config.family): activation,
     'rms_norm_eps': config.norm_eps,
-    'rope_theta': config.rope_theta,
-    'rope_parameters': {
-      'rope_theta': config.rope_theta,
-      'rope_type': 'default',
-    },
     'tie_word_embeddings': config.tied,
     'max_position_embeddings': config.max_positions,
+    'bos_token_id': None,  # or transformers takes its class's own
+    'eos_token_id': None,
+    'pad_token_id': None,
+    **rope_fields.written(config, sliding),
+    **family.less(config),
   }
 
 
-def _kind(config: DecoderConfig) -> str:
-  for kind, family in FAMILIES.items():
-    if (family.qkv_bias, family.qk_norm) == (config.qkv_bias, config.qk_norm):
-      return kind
-  raise ValueError(
-    f'qkv_bias={config.qkv_bias} with qk_norm={config.qk_norm} is no family '
-    f'of {", ".join(FAMILIES)}; such a model has no Hugging Face layout.'
-  )
+def make(read: Mapping[str, Any]) -> DecoderConfig:
+  """A `DecoderConfig`, its own complaints as a CheckpointError."""
+  try:
+    return DecoderConfig(**read)
+  except ValueError as error:
+    raise CheckpointError(f'contradictory configuration: {error}') from error
 
 
-def _known(table, kind, field) -> Family:
+def known(kind: str, table, field: str) -> str:
+  """`kind`, if it is a row of `table`."""
   if kind not in table:
-    raise ValueError(
+    raise CheckpointError(
       f'{field} {kind!r} is not a decoder that we compute; known are '
       f'{", ".join(table)}. Add a row to models.families.FAMILIES.'
     )
-  return table[kind]
+  return kind
 
 
-def _need(record, field):
-  value = record.get(field)
-  if value is None:
-    raise ValueError(f'{field} is missing from the configuration; add it.')
-  if isinstance(value, list) and field != 'tokenizer.ggml.tokens':
-    raise ValueError(
-      f'{field}={value} differs from layer to layer; only one value for all '
-      'layers is supported.'
+def layout(windows, ropes) -> dict[str, Any]:
+  """`kinds` and `layout` of a DecoderConfig from lists over layers."""
+  kinds = [Kind(r, w) for r, w in zip(ropes, windows, strict=True)]
+  unique = tuple(dict.fromkeys(kinds))
+  alike = len(unique) == 1
+  return {
+    'kinds': unique,
+    'layout': () if alike else tuple(unique.index(k) for k in kinds),
+  }
+
+
+def _refuse(fields):
+  for name, allowed in _ONLY.items():
+    fields.only(name, allowed)
+
+
+def _numbers(fields, family) -> dict[str, Any]:
+  heads = fields.count('num_attention_heads')
+  features = fields.count('hidden_size')
+  head_dim = fields.count('head_dim', None)
+  if head_dim is None:
+    if features % heads:
+      raise CheckpointError(
+        f'config.json: hidden_size={features} is not a multiple of '
+        f'num_attention_heads={heads}, and there is no head_dim; add it.'
+      )
+    head_dim = features // heads
+  activation = fields.text(_activation_field(family), 'silu')
+  names = {v: k for k, v in _ACTIVATIONS.items()}
+  fields.only(_activation_field(family), tuple(names))
+  return {
+    'family': family,
+    'vocab': fields.count('vocab_size'),
+    'features': features,
+    'layers': fields.count('num_hidden_layers', most=MOST),
+    'heads': heads,
+    'kv_heads': fields.count('num_key_value_heads', None) or heads,
+    'head_dim': head_dim,
+    'hidden': fields.count('intermediate_size'),
+    'norm_eps': fields.number('rms_norm_eps', 1e-6),
+    'tied': fields.flag('tie_word_embeddings', False),
+    'activation': names[activation],
+    'max_positions': fields.count('max_position_embeddings'),
+  }
+
+
+def _kinds(fields, family, layers, head_dim) -> dict[str, Any]:
+  window = fields.count('sliding_window', None)
+  used = fields.flag('use_sliding_window', window is not None)
+  slides = family.slides(fields, layers) if used else [False] * layers
+  types = fields.list('layer_types', None)
+  if types is not None:
+    fields.check(
+      'layer_types',
+      len(types) == layers and set(types) <= {SLIDING, FULL},
+      f'it needs {layers} entries, each {SLIDING} or {FULL}',
     )
-  return value
-
-
-def _only(field, value, allowed):
-  if value not in allowed:
-    raise ValueError(
-      f'{field}={value!r} is not supported, only '
-      f'{" or ".join(map(repr, allowed))}: the outputs would be wrong. Use '
-      'another checkpoint.'
+    slides = [x == SLIDING for x in types]
+  if any(slides) and window is None:
+    raise CheckpointError(
+      'config.json: some layers slide, but sliding_window is null; give the '
+      'window or make all layers full_attention.'
     )
+  windows = [window if x else None for x in slides]
+  return layout(windows, family.ropes(fields, slides, head_dim))
 
 
-def _no_window(config, family):
-  window = config.get('sliding_window', family.window)
-  if config.get('use_sliding_window', config['model_type'] == 'mistral'):
-    _only('config.json: sliding_window', window, (None,))
-  kinds = set(config.get('layer_types') or ()) - {'full_attention'}
-  _only('config.json: layer_types beyond full_attention', sorted(kinds), ([],))
+def _activation_field(family):
+  return 'hidden_activation' if family.startswith('gemma') else 'hidden_act'
 
 
-def _rope_theta(config) -> float:
-  """`rope_theta` as transformers 4 (top level) or 5 (in a record) keep it."""
-  rope = config.get('rope_parameters') or {}
-  for record in (rope, config.get('rope_scaling') or {}):
-    kind = record.get('rope_type', record.get('type', 'default'))
-    _only('config.json: rope_type', kind, ('default',))
-  partial = rope.get(
-    'partial_rotary_factor', config.get('partial_rotary_factor')
-  )
-  _only('config.json: partial_rotary_factor', partial, (None, 1.0))
-  return float(rope.get('rope_theta') or config.get('rope_theta') or 10_000.0)
+# What each family adds.
 
 
-def _short(value: float) -> float:
-  """The shortest decimal that is the same float32: 1e-05, not 9.99..e-06."""
-  return float(str(np.float32(value)))
+def _all_slide(fields, layers):
+  return [True] * layers
+
+
+def _late_slide(fields, layers):
+  return [i >= fields.count('max_window_layers', 28) for i in range(layers)]
+
+
+def _all_but_every(default):
+  def slides(fields, layers):
+    every = fields.count('_sliding_window_pattern', None)
+    every = fields.count('sliding_window_pattern', None) or every or default
+    return [(i + 1) % every != 0 for i in range(layers)]
+
+  return slides
+
+
+def _without_rope_slide(fields, layers):
+  return [not turns for turns in rope_fields.turning(fields, layers)]
+
+
+def _gemma(fields, read):
+  fields.ignore('hidden_act')  # transformers reads hidden_activation
+  fields.only('use_bidirectional_attention', (False,))
+  cap = lambda name: fields.number(name, None)
+  return {
+    'embed_scale': math.sqrt(read['features']),
+    'attn_scale': fields.number('query_pre_attn_scalar') ** -0.5,
+    'attn_softcap': cap('attn_logit_softcapping'),
+    'logit_softcap': cap('final_logit_softcapping'),
+  }
+
+
+def _gemma_out(config):
+  return _windowed_out(config) | {
+    'query_pre_attn_scalar': _round(config.attn_scale**-2),
+    'attn_logit_softcapping': config.attn_softcap,
+    'final_logit_softcapping': config.logit_softcap,
+  }
+
+
+def _granite(fields, read):
+  return {
+    'embed_scale': fields.number('embedding_multiplier', 1.0),
+    'residual_scale': fields.number('residual_multiplier', 1.0),
+    'attn_scale': fields.number('attention_multiplier', 1.0),
+    'logit_divisor': fields.number('logits_scaling', 1.0),
+  }
+
+
+def _granite_out(config):
+  return {
+    'embedding_multiplier': config.embed_scale,
+    'residual_multiplier': config.residual_scale,
+    'attention_multiplier': config.attn_scale,
+    'logits_scaling': config.logit_divisor,
+  }
+
+
+def _qwen3_moe(fields, read):
+  fields.only('decoder_sparse_step', (1,))
+  fields.only('mlp_only_layers', ([],))
+  count = fields.count('num_local_experts', None, most=MOST)
+  return {
+    'hidden': fields.count('moe_intermediate_size'),
+    'experts': Experts(
+      count=count or fields.count('num_experts', most=MOST),
+      active=fields.count('num_experts_per_tok'),
+      normalised=fields.flag('norm_topk_prob', False),
+    ),
+  }
+
+
+def _qwen3_moe_out(config):
+  return _windowed_out(config) | {
+    'moe_intermediate_size': config.hidden,
+    'num_experts': config.experts.count,
+    'num_experts_per_tok': config.experts.active,
+    'norm_topk_prob': config.experts.normalised,
+    'decoder_sparse_step': 1,
+    'mlp_only_layers': [],
+  }
+
+
+def _mixtral(fields, read):
+  count = fields.count('num_local_experts', most=MOST)
+  active = fields.count('num_experts_per_tok')
+  return {'experts': Experts(count, active, normalised=True)}
+
+
+def _mixtral_out(config):
+  return _window_out(config) | {
+    'num_local_experts': config.experts.count,
+    'num_experts_per_tok': config.experts.active,
+  }
+
+
+def _window(config) -> int | None:
+  return next((k.window for k in config.kinds if k.window is not None), None)
+
+
+def _window_out(config):
+  return {'sliding_window': _window(config)}
+
+
+def _windowed_out(config):
+  """Layer by layer, with the switch that the Qwens have."""
+  sliding = [config.kinds[k].window is not None for k in config.kind_of]
+  types = [SLIDING if x else FULL for x in sliding]
+  return _window_out(config) | {'layer_types': types} | _switch_out(config)
+
+
+def _switch_out(config):
+  if config.family not in ('qwen2', 'qwen3', 'qwen3_moe', 'smollm3'):
+    return {}
+  return {'use_sliding_window': _window(config) is not None}
+
+
+def _smollm3_out(config):
+  turning = [config.kinds[k].rope is not None for k in config.kind_of]
+  return _windowed_out(config) | {'no_rope_layers': [int(x) for x in turning]}
+
+
+def _round(x: float) -> int | float:
+  """The integer that `x` is but for rounding, or `x`."""
+  return round(x) if math.isclose(x, round(x), rel_tol=1e-12) else x
+
+
+FAMILIES = {
+  'llama': Family('LlamaForCausalLM'),
+  'mistral': Family(
+    'MistralForCausalLM',
+    defaults={'sliding_window': 4096},
+    slides=_all_slide,
+    less=_window_out,
+  ),
+  'mixtral': Family(
+    'MixtralForCausalLM',
+    slides=_all_slide,
+    more=_mixtral,
+    less=_mixtral_out,
+  ),
+  'qwen2': Family(
+    'Qwen2ForCausalLM',
+    same={'qkv_bias': True},
+    defaults={'use_sliding_window': False},
+    slides=_late_slide,
+    less=_windowed_out,
+  ),
+  'qwen3': Family(
+    'Qwen3ForCausalLM',
+    same={'qk_norm': 'head'},
+    defaults={'head_dim': 128, 'use_sliding_window': False},
+    slides=_late_slide,
+    less=_windowed_out,
+  ),
+  'qwen3_moe': Family(
+    'Qwen3MoeForCausalLM',
+    same={'qk_norm': 'head'},
+    defaults={'use_sliding_window': False},
+    slides=_all_slide,
+    more=_qwen3_moe,
+    less=_qwen3_moe_out,
+  ),
+  'gemma2': Family(
+    'Gemma2ForCausalLM',
+    same=_GEMMA,
+    defaults={
+      'head_dim': 256,
+      'hidden_activation': 'gelu_pytorch_tanh',
+      'query_pre_attn_scalar': 256,
+      'sliding_window': 4096,
+      'attn_logit_softcapping': 50.0,
+      'final_logit_softcapping': 30.0,
+      'tie_word_embeddings': True,
+    },
+    slides=_all_but_every(2),
+    more=_gemma,
+    less=_gemma_out,
+  ),
+  'gemma3_text': Family(
+    'Gemma3ForCausalLM',
+    same=_GEMMA | {'qk_norm': 'head'},
+    defaults={
+      'head_dim': 256,
+      'hidden_activation': 'gelu_pytorch_tanh',
+      'query_pre_attn_scalar': 256,
+      'sliding_window': 4096,
+      'tie_word_embeddings': True,
+    },
+    slides=_all_but_every(6),
+    ropes=rope_fields.local_and_global,
+    more=_gemma,
+    less=_gemma_out,
+  ),
+  'phi3': Family(
+    'Phi3ForCausalLM',
+    slides=_all_slide,
+    less=_window_out,
+  ),
+  'olmo2': Family(
+    'Olmo2ForCausalLM',
+    same={'qk_norm': 'whole', 'norm_before': False, 'norm_after': True},
+  ),
+  'granite': Family('GraniteForCausalLM', more=_granite, less=_granite_out),
+  'smollm3': Family(
+    'SmolLM3ForCausalLM',
+    defaults={
+      'tie_word_embeddings': True,
+      'use_sliding_window': False,
+    },
+    slides=_without_rope_slide,
+    ropes=rope_fields.some_turn,
+    less=_smollm3_out,
+  ),
+}
+
+# Fields that change the numbers, and the only values that we compute.
+_ONLY = {
+  'attention_bias': (False,),
+  'mlp_bias': (False,),
+  'quantization_config': (),
+  'is_encoder_decoder': (False,),
+  'use_mrope': (False,),
+  'rope_interleaved': (False,),
+}
+_ACTIVATIONS = {
+  'silu': 'silu',
+  'gelu': 'gelu',
+  'gelu_tanh': 'gelu_pytorch_tanh',
+}

@@ -3,12 +3,10 @@
 import collections
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -30,22 +28,28 @@ _SPECIAL = ('bos', 'eos', 'unk', 'pad')
 _OPEN = 0o755  # a temporary folder is private otherwise
 
 
-def read(path: str | Path) -> checkpoint.Checkpoint:
+def read(
+  path: str | Path, *, inert: tuple[str, ...] = ()
+) -> checkpoint.Checkpoint:
   """Opens a folder; only headers are read until a tensor is asked for.
+
+  Args:
+    path: the folder.
+    inert: names of unknown fields of config.json that change nothing.
 
   Raises:
     CheckpointError: a file is missing or damaged, or not what we compute.
   """
   path = Path(path)
   settings = shards.read_json(_present(path / 'config.json'))
-  config = families.from_hf(settings)
+  config = families.from_hf(settings, inert=inert)
   tensors = shards.places(path)
   about = _maybe(path / 'tokenizer_config.json')
   return checkpoint.Checkpoint(
     where=str(path),
     files=tuple(sorted({place.file for place in tensors.values()})),
     config=config,
-    names=names.HUGGING_FACE,
+    names=names.table(config, names.HUGGING_FACE),
     shapes={name: place.shape for name, place in tensors.items()},
     read=shards.reader(tensors),
     tokenizer=vocabulary.from_file(_present(path / 'tokenizer.json')),
@@ -67,7 +71,9 @@ def write(model, path: str | Path, *, shard_bytes: int = shards.SHARD_BYTES):
       f'{path} exists and is not overwritten; choose another folder or '
       'delete it.'
     )
-  tensors = list(_tensors(model.variables['params'], model.config))
+  params, config = model.variables['params'], model.config
+  table = names.table(config, names.HUGGING_FACE)
+  tensors = list(names.tensors(params, config, table, gather=_host))
   with jax.transfer_guard('allow'):
     if jax.process_index() == 0:
       _write(model, tensors, path, shard_bytes)
@@ -118,29 +124,6 @@ def _records(model, dtype) -> dict[str, dict[str, Any]]:
 
 
 # Parameters, one tensor at a time.
-
-
-def _tensors(params, config) -> Iterator[shards.Tensor]:
-  """Our parameters as a checkpoint's tensors, layer by layer."""
-  table = names.HUGGING_FACE
-  shapes = names.shapes(config)
-  layered = [ours for ours in shapes if ours.startswith('layers/')]
-  for ours in shapes:
-    if ours not in layered:
-      yield _tensor(table[ours], shapes[ours], names.leaf(params, ours))
-  for i in range(config.layers):
-    for ours in layered:
-      name, shape = table[ours].format(layer=i), shapes[ours][1:]
-      if 'layers' in params:
-        yield _tensor(name, shape, names.leaf(params, ours), i)
-      else:
-        own = ours.replace('layers/', f'layers_{i}/', 1)
-        yield _tensor(name, shape, names.leaf(params, own))
-
-
-def _tensor(name, shape, leaf, index=None) -> shards.Tensor:
-  fetch = lambda: _host(leaf if index is None else leaf[index])
-  return shards.Tensor(name, shape, jnp.dtype(leaf.dtype), fetch)
 
 
 def _host(array) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from persona_jax.models import (
   checkpoint,
-  families,
+  gguf_fields,
   gguf_header,
   names,
   vocabulary,
@@ -59,12 +59,16 @@ def read(path: str | Path) -> checkpoint.Checkpoint:
   path = Path(path)
   metadata, tensors = gguf_header.read(path)
   _whole(path, metadata, tensors)
-  config = families.from_gguf(metadata, tied='output.weight' not in tensors)
+  config = gguf_fields.from_gguf(
+    metadata,
+    tensors,
+    lambda name: rows(name, tensors[name], None, metadata)[:],
+  )
   return checkpoint.Checkpoint(
     where=path.name,
     files=(path,),
     config=config,
-    names=names.GGUF,
+    names=names.table(config, names.GGUF),
     shapes={name: tensor.shape for name, tensor in tensors.items()},
     read=lambda name: rows(name, tensors[name], config, metadata),
     tokenizer=vocabulary.from_gguf(metadata),

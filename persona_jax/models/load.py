@@ -1,19 +1,27 @@
 """A checkpoint as a language model: functions, variables and tokenizer."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from persona_jax import trees
 from persona_jax.models import checkpoint as checkpoint_lib
 from persona_jax.models import config as config_lib
-from persona_jax.models import decoder, folder, gguf_file, names
+from persona_jax.models import (
+  decoder,
+  experts,
+  folder,
+  gguf_file,
+  names,
+  stream,
+)
 from persona_jax.models import source as source_lib
+
+CheckpointError = checkpoint_lib.CheckpointError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +29,6 @@ class LanguageModel:
   """A model that speaks: pure functions, their variables, its tokenizer."""
 
   name: str
-  sha256: str  # of the weights' file
   config: config_lib.DecoderConfig
   variables: Mapping[str, Any]  # {'params': ...}
   apply: Callable  # (variables, tokens, positions, cache) -> hidden, cache
@@ -30,6 +37,12 @@ class LanguageModel:
   template: str | None  # jinja source of the chat format
   special: Mapping[str, str]  # 'bos', 'eos', ... -> the token's text
   stop_ids: tuple[int, ...]  # any of them ends an assistant's line
+  files: tuple[Path, ...] = ()  # that hold the weights
+
+  @functools.cached_property
+  def sha256(self) -> str:
+    """Of the weights' files; all their bytes are read when it is asked for."""
+    return checkpoint_lib.sha256(self.files)
 
 
 def load(
@@ -38,67 +51,95 @@ def load(
   dtype: Any = jnp.float32,
   mesh: jax.sharding.Mesh | None = None,
   rules=None,
+  context: int | None = None,
+  inert: tuple[str, ...] = (),
   progress: Callable[[str], None] | None = None,
 ) -> LanguageModel:
   """Loads 'smollm2-135m', 'hf:org/name@rev', a folder or a .gguf file.
 
-  With a mesh, every process reads from a folder only the slices that its own
-  devices hold, laid out by `rules`: pairs (pattern, PartitionSpec).
+  Args:
+    source: what to load.
+    dtype: of parameters and computation.
+    mesh: where parameters lie; every process reads only its devices' slices.
+    rules: how they lie: pairs (pattern, PartitionSpec), first match wins.
+    context: slots of the longest conversation; LongRoPE models (Phi-3 128k)
+      choose their frequencies by it, by default those of short ones.
+    inert: unknown fields of config.json that change nothing.
+    progress: told what takes long.
+
+  Raises:
+    CheckpointError: the checkpoint is damaged, incomplete, contradictory, or
+      of a kind that we do not compute.
   """
   if (mesh is None) != (rules is None):
     raise ValueError('mesh and rules go together; give both or neither.')
   path = source_lib.resolve(source, progress=progress)
-  opened = (folder if path.is_dir() else gguf_file).read(path)
-  apply, unembed = decoder.functions(opened.config, dtype=dtype)
+  opened = (
+    folder.read(path, inert=inert) if path.is_dir() else gguf_file.read(path)
+  )
+  config = _for_context(opened.config, context)
+  _check_vocabulary(opened)
+  shardings = stream.shardings(config, dtype, mesh, rules)
+  apply, unembed = decoder.functions(
+    config, dtype=dtype, **_mix(config, shardings)
+  )
   return LanguageModel(
     name=_name(source, path),
-    sha256=opened.sha256,
-    config=opened.config,
-    variables={'params': _params(opened, dtype, mesh, rules)},
+    config=config,
+    variables={'params': stream.parameters(opened, dtype, shardings)},
     apply=apply,
     unembed=unembed,
     tokenizer=opened.tokenizer,
     template=opened.template,
     special=opened.special,
     stop_ids=opened.stop_ids,
+    files=opened.files,
   )
 
 
-def save(model: LanguageModel, path: str | Path):
-  """Writes `model` as a new Hugging Face folder."""
-  folder.write(model, path)
+def save(model: LanguageModel, path: str | Path, **keywords):
+  """Writes `model` as a new Hugging Face folder (see `folder.write`)."""
+  folder.write(model, path, **keywords)
 
 
-def _params(opened: checkpoint_lib.Checkpoint, dtype, mesh, rules):
-  places = _places(opened.config, dtype, mesh, rules)
+def _for_context(config, context) -> config_lib.DecoderConfig:
+  """LongRoPE's frequencies are those of conversations of `context` slots."""
 
-  def put(name, shape, fetch):
-    cast = lambda index: np.asarray(fetch(index), dtype)
-    if places is None:
-      return jnp.asarray(cast((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, names.leaf(places, name), cast)
+  def chosen(kind):
+    if kind.rope is None or kind.rope.kind != 'longrope' or context is None:
+      return kind
+    original = dict(kind.rope.scaling)['original_max_position_embeddings']
+    rope = dataclasses.replace(kind.rope, long=context > original)
+    return dataclasses.replace(kind, rope=rope)
 
-  return names.build(
-    opened.read,
-    opened.shapes,
-    opened.config,
-    opened.names,
-    put=put,
-    where=opened.where,
-  )
+  if context is not None and context > config.max_positions:
+    raise ValueError(
+      f'context={context} is more than the {config.max_positions} positions '
+      'that the model knows; ask for less.'
+    )
+  return dataclasses.replace(config, kinds=tuple(map(chosen, config.kinds)))
 
 
-def _places(config, dtype, mesh, rules):
-  """The tree of shardings, or None without a mesh."""
-  if mesh is None:
-    return None
-  tree = names.nested(
-    {
-      name: jax.ShapeDtypeStruct(shape, dtype)
-      for name, shape in names.shapes(config).items()
-    }
-  )
-  return trees.shardings({'params': tree}, mesh, rules)['params']
+def _check_vocabulary(opened):
+  """Every token needs a row of the embedding; spare rows are padding."""
+  size = max(opened.tokenizer.get_vocab().values(), default=-1) + 1
+  if size > opened.config.vocab:
+    raise CheckpointError(
+      f'{opened.where}: the tokenizer has {size} tokens, the embedding '
+      f'{opened.config.vocab} rows; they are not of one model. Fetch both '
+      'again.'
+    )
+
+
+def _mix(config, shardings) -> dict[str, Callable]:
+  """How to compute experts that are spread over a mesh."""
+  if config.experts is None or shardings is None:
+    return {}
+  place = names.leaf(shardings, 'layers/mlp/experts/gate/kernel')
+  axis = (*place.spec, None, None)[1]
+  if axis is None:
+    return {}
+  return {'mix': experts.sharded(place.mesh, axis)}
 
 
 def _name(source, path: Path) -> str:

@@ -26,7 +26,8 @@ SHARD_BYTES = 5 * 10**9  # as Hugging Face
 DTYPES = dict(float32='F32', float16='F16', bfloat16='BF16', float64='F64')
 _LISTED = 10  # problems of an error; the rest is counted
 
-Shape = tuple[int, ...]
+Shape = names.Shape
+Tensor = names.Tensor
 
 
 class Place(NamedTuple):
@@ -35,15 +36,6 @@ class Place(NamedTuple):
   file: Path
   shape: Shape
   dtype: str  # as the format writes it: 'F32'
-
-
-class Tensor(NamedTuple):
-  """A tensor to be written, which is fetched when its turn comes."""
-
-  name: str
-  shape: Shape
-  dtype: Any
-  fetch: Callable[[], Any]
 
 
 def places(folder: Path) -> dict[str, Place]:
