@@ -65,7 +65,7 @@ def test_spread_experts_give_the_same_and_the_same_gradients(shape):
   places = (rows, rows, rows, {k: held for k in args[3]})
   put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
   spread = jax.tree.map(put, args, places)
-  mix = experts.sharded(mesh, 'tensor', ('data',))
+  mix = experts.sharded(mesh, 'tensor')
 
   def loss(mix, x, weights, ids, kernels):
     return jnp.sum(jnp.sin(mix(x, weights, ids, kernels, jnp.tanh)))

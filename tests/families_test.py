@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from persona_jax import taps, trees
+from persona_jax.learn import sharding
 from persona_jax.models import cache as caches
-from persona_jax.models import decoder, families, names, stream
+from persona_jax.models import decoder, experts, families, names, stream
 from persona_jax.models.checkpoint import CheckpointError
 
 GOLDEN = Path(__file__).parent / 'golden' / 'families.json'
@@ -286,8 +287,66 @@ def test_weights_that_are_no_numbers_are_named(bad):
     stream.parameters(dataclasses.replace(checkpoint, read=read), jnp.float32)
 
 
+@pytest.mark.parametrize('same', [True, False])
+def test_a_copy_of_the_embedding_must_be_one(same):
+  checkpoint = opened(ROWS['llama, tied'])
+  source = checkpoint.read
+  embed, copy = 'model.embed_tokens.weight', 'lm_head.weight'
+  shapes = checkpoint.shapes | {copy: checkpoint.shapes[embed]}
+
+  def read(name):
+    array = source(embed if name == copy else name)
+    if name == copy and not same:
+      array[60, 3] += 1
+    return array
+
+  checkpoint = dataclasses.replace(checkpoint, shapes=shapes, read=read)
+  if same:
+    stream.parameters(checkpoint, jnp.float32)
+    return
+  with pytest.raises(CheckpointError, match='lm_head.weight is another matrix'):
+    stream.parameters(checkpoint, jnp.float32)
+
+
 def test_blocks_of_rows_are_put_together(monkeypatch):
   whole = made(ROWS['phi 3'])[1]
   monkeypatch.setattr(stream, 'BLOCK', 7 * 4 * 24)  # seven rows of D
   again = made(ROWS['phi 3'])[1]
   jax.tree.map(np.testing.assert_array_equal, whole, again)
+
+
+# On a mesh.
+
+
+def wide(name):
+  """A configuration of a family whose axes divide over any small mesh."""
+  config = families.from_hf(ROWS[name]['config'])
+  sizes = {'vocab': 64, 'features': 32, 'heads': 4, 'kv_heads': 4}
+  sizes |= {'head_dim': 8, 'hidden': 16, 'attn_scale': None}
+  if config.experts is not None:
+    experts = dataclasses.replace(config.experts, count=8)
+    sizes['experts'] = experts
+  return dataclasses.replace(config, **sizes)
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize('name', ['phi 3', 'gemma 3', 'qwen 3 moe', 'mixtral'])
+@pytest.mark.parametrize('tensor', [1, 4])
+def test_weights_stream_to_their_places_on_a_mesh(name, tensor):
+  config = wide(name)
+  checkpoint = fakes.opened(config)
+  mesh = sharding.make_mesh({'fsdp': 8 // tensor, 'tensor': tensor})
+  places = stream.shardings(config, jnp.float32, mesh, sharding.RULES)
+  params = stream.parameters(checkpoint, jnp.float32, places)
+  plain = stream.parameters(checkpoint, jnp.float32)
+  jax.tree.map(np.testing.assert_array_equal, params, plain)
+  got = jax.tree.map(lambda x: x.sharding, params)
+  assert jax.tree.all(jax.tree.map(lambda a, b: a == b, got, places))
+  tokens, positions = fakes.text(batch=8, vocab=60)
+  apply = decoder.functions(config).apply
+  want, _ = jax.jit(apply)({'params': plain}, tokens, positions)
+  mix = stream.mix(config, places)
+  assert (mix is experts.grouped) == (config.experts is None)
+  spread = sharding.by_rows(decoder.functions(config, mix=mix).apply, mesh)
+  hidden, _ = jax.jit(spread)({'params': params}, tokens, positions)
+  np.testing.assert_allclose(hidden, want, atol=1e-4)

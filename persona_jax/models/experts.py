@@ -1,6 +1,7 @@
 """Mixtures of experts: each token through the few that it was sent to."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -27,22 +28,23 @@ def grouped(
   return _grouped(x, weights, ids, kernels, act)
 
 
-def sharded(mesh: Mesh, axis: str, rows: tuple[str, ...] = ()) -> Callable:
+def sharded(mesh: Mesh, axis: str) -> Callable:
   """`grouped`, with the experts spread over `axis` of the mesh.
 
-  Each device computes its own experts for the tokens of its `rows` and the
-  results are summed over `axis`.
+  Tokens lie over the other axes, as a batch does, where they divide. Each
+  device computes its own experts for its tokens, and sums go over `axis`.
   """
-  by_expert = P(axis)
-  by_row = P(rows or None)
+  others = tuple(name for name in mesh.axis_names if name != axis)
+  ways = math.prod(mesh.shape[name] for name in others)
 
   def mix(x, weights, ids, kernels, act):
     local = kernels['gate'].shape[0] // mesh.shape[axis]
+    by_row = P(others) if x.shape[0] % ways == 0 else P()
 
     @functools.partial(
       jax.shard_map,
       mesh=mesh,
-      in_specs=(by_row, by_row, by_row, by_expert),
+      in_specs=(by_row, by_row, by_row, P(axis)),
       out_specs=by_row,
     )
     def run(x, weights, ids, kernels):

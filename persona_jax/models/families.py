@@ -63,6 +63,18 @@ def from_hf(
   return make(read)
 
 
+def text_part(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+  """The configuration of the decoder inside, and the prefix of its tensors.
+
+  Of a model that also sees (Gemma 3 from 4B on) only the text is computed.
+  """
+  kind = settings.get('model_type')
+  inner = settings.get('text_config')
+  if kind not in SEEING or not isinstance(inner, Mapping):
+    return settings, ''
+  return {'model_type': f'{kind}_text', **inner}, PREFIX
+
+
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
   """A config.json for `config`: the inverse of `from_hf`."""
   family = FAMILIES[config.family]
@@ -366,8 +378,12 @@ FAMILIES = {
     'Gemma3ForCausalLM',
     same=_GEMMA | {'qk_norm': 'head'},
     defaults={
+      'vocab_size': 262_208,
+      'num_attention_heads': 8,
+      'num_key_value_heads': 4,
       'head_dim': 256,
       'hidden_activation': 'gelu_pytorch_tanh',
+      'max_position_embeddings': 131_072,
       'query_pre_attn_scalar': 256,
       'sliding_window': 4096,
       'tie_word_embeddings': True,
@@ -398,6 +414,11 @@ FAMILIES = {
     less=_smollm3_out,
   ),
 }
+
+# Models that also see, and how their tensors are called.
+SEEING = ('gemma3',)
+PREFIX = 'language_model.'
+UNSEEN = ('vision_tower.', 'multi_modal_projector.')
 
 # Fields that change the numbers, and the only values that we compute.
 _ONLY = {

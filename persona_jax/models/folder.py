@@ -42,16 +42,23 @@ def read(
   """
   path = Path(path)
   settings = shards.read_json(_present(path / 'config.json'))
-  config = families.from_hf(settings, inert=inert)
+  part, prefix = families.text_part(settings)
+  config = families.from_hf(part, inert=inert)
   tensors = shards.places(path)
+  stored = {
+    name.removeprefix(prefix): name
+    for name in tensors
+    if not (prefix and name.startswith(families.UNSEEN))
+  }
+  read_stored = shards.reader(tensors)
   about = _maybe(path / 'tokenizer_config.json')
   return checkpoint.Checkpoint(
     where=str(path),
     files=tuple(sorted({place.file for place in tensors.values()})),
     config=config,
     names=names.table(config, names.HUGGING_FACE),
-    shapes={name: place.shape for name, place in tensors.items()},
-    read=shards.reader(tensors),
+    shapes={name: tensors[its].shape for name, its in stored.items()},
+    read=lambda name: read_stored(stored[name]),
     tokenizer=vocabulary.from_file(_present(path / 'tokenizer.json')),
     template=_template(path, about),
     special=_special(path, about),

@@ -13,10 +13,8 @@ from persona_jax.models import checkpoint as checkpoint_lib
 from persona_jax.models import config as config_lib
 from persona_jax.models import (
   decoder,
-  experts,
   folder,
   gguf_file,
-  names,
   stream,
 )
 from persona_jax.models import source as source_lib
@@ -80,9 +78,8 @@ def load(
   config = _for_context(opened.config, context)
   _check_vocabulary(opened)
   shardings = stream.shardings(config, dtype, mesh, rules)
-  apply, unembed = decoder.functions(
-    config, dtype=dtype, **_mix(config, shardings)
-  )
+  mix = stream.mix(config, shardings)
+  apply, unembed = decoder.functions(config, dtype=dtype, mix=mix)
   return LanguageModel(
     name=_name(source, path),
     config=config,
@@ -129,17 +126,6 @@ def _check_vocabulary(opened):
       f'{opened.config.vocab} rows; they are not of one model. Fetch both '
       'again.'
     )
-
-
-def _mix(config, shardings) -> dict[str, Callable]:
-  """How to compute experts that are spread over a mesh."""
-  if config.experts is None or shardings is None:
-    return {}
-  place = names.leaf(shardings, 'layers/mlp/experts/gate/kernel')
-  axis = (*place.spec, None, None)[1]
-  if axis is None:
-    return {}
-  return {'mix': experts.sharded(place.mesh, axis)}
 
 
 def _name(source, path: Path) -> str:

@@ -89,6 +89,7 @@ IGNORED = (
   r'self_attn\.(masked_)?bias$',
   r'^rope_(freqs|factors_short|factors_long)\.weight$',
 )
+UNEMBED = 'lm_head.weight'  # of Hugging Face
 HUGGING_FACE, GGUF = 0, 1  # columns of the tables above
 
 

@@ -6,6 +6,7 @@ forgotten: the host never holds more than a block beside what is its own.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from persona_jax import trees
-from persona_jax.models import names
+from persona_jax.models import experts, names
 from persona_jax.models.checkpoint import Checkpoint, CheckpointError
 
 BLOCK = 32 * 2**20  # bytes read at a time, as float32
@@ -32,6 +33,15 @@ def shardings(config, dtype, mesh, rules):
   return trees.shardings({'params': tree}, mesh, rules)['params']
 
 
+def mix(config, places=None) -> Callable:
+  """How to compute experts where they lie: spread over a mesh, or not."""
+  if config.experts is None or places is None:
+    return experts.grouped
+  place = names.leaf(places, 'layers/mlp/experts/gate/kernel')
+  axis = (*place.spec, None, None)[1]
+  return experts.grouped if axis is None else experts.sharded(place.mesh, axis)
+
+
 def parameters(opened: Checkpoint, dtype: Any, places=None) -> dict[str, Any]:
   """The nested parameters, layers stacked.
 
@@ -45,6 +55,7 @@ def parameters(opened: Checkpoint, dtype: Any, places=None) -> dict[str, Any]:
   """
   config = opened.config
   names.check(opened.shapes, config, opened.names, opened.where)
+  _check_copy(opened)
   by_leaf = {}
   for piece in names.pieces(config, opened.names):
     by_leaf.setdefault(piece.ours, []).append(piece)
@@ -61,6 +72,25 @@ def parameters(opened: Checkpoint, dtype: Any, places=None) -> dict[str, Any]:
       f'{", ".join(bad[:20])}. Fetch the weights again.'
     )
   return names.nested(leaves)
+
+
+def _check_copy(opened):
+  """A tied model may carry its embedding twice, but not two matrices."""
+  if not opened.config.tied or names.UNEMBED not in opened.shapes:
+    return
+  embed = opened.read(opened.names['embed/embedding'])
+  copy = opened.read(names.UNEMBED)
+  rows, width = names.shapes(opened.config)['embed/embedding']
+  step = max(1, BLOCK // (4 * width))
+  same = opened.shapes[names.UNEMBED] == (rows, width) and all(
+    np.array_equal(embed[i : i + step], copy[i : i + step])
+    for i in range(0, rows, step)
+  )
+  if not same:
+    raise CheckpointError(
+      f'{opened.where}: tie_word_embeddings is true, but {names.UNEMBED} is '
+      'another matrix than the embedding; set it to false in config.json.'
+    )
 
 
 def _leaf(opened, pieces, shape, dtype, place):
