@@ -33,6 +33,7 @@ def get_config(arg: str = 'laptop'):
     learning_rate=2e-5,
     kl=0.02,
     max_grad_norm=1.0,
+    adapter=dict(rank=0, alpha=32.0, targets=''),  # 0: all parameters
     microbatches=1,
     chunk=512,  # tokens whose logits exist at a time
     save_every=3,

@@ -13,7 +13,7 @@ from persona_jax.activations import edits, space
 from persona_jax.dialogue import POLICY, Dialogue, view
 from persona_jax.learn.logprobs import token_logprobs
 from persona_jax.models import cache as caches
-from persona_jax.models import decoder
+from persona_jax.models import decoder, lora
 from persona_jax.rollout import Sampling, Scenario, Speaker
 from persona_jax.text.chat import Chat
 
@@ -34,8 +34,8 @@ class Lab:
 
   @functools.cached_property
   def apply(self):
-    """The model with whatever caps its variables hold."""
-    return taps.edited(self.model.apply, edits.stored)
+    """The model with whatever adapter and caps its variables hold."""
+    return taps.edited(lora.adapted(self.model.apply), edits.stored)
 
   @functools.cached_property
   def free(self) -> Any:
@@ -66,6 +66,11 @@ class Lab:
       unembed=self.model.unembed,
       memory=self._memory,
     )
+
+  def adapted_speaker(self, adapter) -> Speaker:
+    """The partner's voice with an adapter; no weight is copied."""
+    apart = trees.unstack_layers({'lora': adapter})
+    return self.partner.replace(variables={**self.partner.variables, **apart})
 
   @functools.cached_property
   def partner(self) -> Speaker:
@@ -149,9 +154,13 @@ class Lab:
 
 
 def open_lab(config, *, progress=None) -> Lab:
-  """The lab of a config: float32 parameters, computing in `config.dtype`."""
+  """The lab of a config, computing in `config.dtype`.
+
+  Parameters that are trained are float32; under an adapter they are not.
+  """
   dtype = jnp.dtype(config.dtype)
-  loaded = models.load(config.model, progress=progress)
+  kept = dtype if config.rl.adapter.rank else jnp.float32
+  loaded = models.load(config.model, dtype=kept, progress=progress)
   apply, unembed = decoder.functions(loaded.config, dtype=dtype)
   model = dataclasses.replace(loaded, apply=apply, unembed=unembed)
   chat = Chat(model.tokenizer, model.template, model.special)

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from persona_jax import data, evaluate, learn, rewards
 from persona_jax.checkpoint import Checkpoints
@@ -18,14 +20,24 @@ from persona_jax.learn import sharding
 from persona_jax.learn.logprobs import token_logprobs
 from persona_jax.learn.losses import Batch
 from persona_jax.learn.step import TrainState, policy_loss
-from persona_jax.models import decoder
+from persona_jax.models import adapter_file, decoder, lora
 
 
 class Result(NamedTuple):
-  """Trained parameters, and the metrics of every step."""
+  """Trained parameters, adapters merged, and the metrics of every step."""
 
   params: dict
   log: list[dict]
+
+
+class Trained(NamedTuple):
+  """What is trained, and how it becomes a policy."""
+
+  start: PyTree  # before the first step
+  collection: str  # that it is the leaves of: 'params' or 'lora'
+  fixed: PyTree  # what else that collection holds
+  speaker: Callable  # trained -> Speaker
+  params: Callable  # trained -> parameters of a plain model
 
 
 def run(
@@ -37,9 +49,11 @@ def run(
   shuffle: bool = False,
   advance,
 ) -> Result:
-  """Trains all parameters on weighted `terms`; continues what `folder` holds.
+  """Trains on weighted `terms`; continues what `folder` holds.
 
-  With `shuffle`, rewards are dealt out to other dialogues: a control.
+  Trained are all parameters, or an adapter of `rl.adapter.rank`, which is also
+  left in PEFT's layout in `folder`. With `shuffle`, rewards are dealt out to
+  other dialogues: a control.
 
   Raises:
     FloatingPointError: a reward, loss or gradient is not finite.
@@ -50,17 +64,18 @@ def run(
     optax.clip_by_global_norm(rl.max_grad_norm),
     optax.adamw(rl.learning_rate, b2=0.95, weight_decay=0.0),
   )
+  trained = _adapter(lab, config) if rl.adapter.rank else _whole(lab)
   state = sharding.init_sharded(
     lambda params: learn.init_state(jax.tree.map(jnp.copy, params), optimizer),
     mesh,
-    lab.model.variables['params'],
+    trained.start,
   )
   saved, log = Checkpoints(folder), []
   if saved.latest is not None:
     state, log = saved.restore(state)
     advance(len(log))
-  update = _update(lab, config, optimizer, state, mesh)
-  speak = functools.partial(_rollout, lab, config)
+  update = _update(lab, config, trained, optimizer, state, mesh)
+  speak = functools.partial(_rollout, lab, config, trained)
   for step in range(len(log), rl.steps):
     began = time.monotonic()
     said = speak(step, state.params)
@@ -74,10 +89,43 @@ def run(
       saved.save(step + 1, state, log)
     advance(1)
   saved.close()
-  return Result(state.params, log)
+  if rl.adapter.rank and not (folder / 'adapter').exists():
+    whole = lora.joined(state.params, trained.fixed)
+    adapter_file.save(whole, lab.model, folder / 'adapter')
+  return Result(trained.params(state.params), log)
 
 
-def _rollout(lab: Lab, config, step: int, params) -> Dialogue:
+def _whole(lab: Lab) -> Trained:
+  """All parameters."""
+  return Trained(
+    start=lab.model.variables['params'],
+    collection='params',
+    fixed={},
+    speaker=lambda params: lab.speaker(lab.variables(params, lab.free)),
+    params=lambda params: params,
+  )
+
+
+def _adapter(lab: Lab, config) -> Trained:
+  """A low-rank adapter; the model itself stays as it is."""
+  key = jax.random.fold_in(jax.random.key(config.seed), 5)
+  adapter = lora.init(lab.model.config, key, **config.rl.adapter)
+  start, scales = lora.split(adapter)
+
+  def params(weights):
+    adapter = lora.joined(weights, scales)
+    return lora.merge({**lab.model.variables, 'lora': adapter})['params']
+
+  return Trained(
+    start=start,
+    collection='lora',
+    fixed=scales,
+    speaker=lambda weights: lab.adapted_speaker(lora.joined(weights, scales)),
+    params=params,
+  )
+
+
+def _rollout(lab: Lab, config, trained, step: int, params) -> Dialogue:
   """This step's dialogues: `lab.batch` rows in groups of one scenario."""
   rl, size = config.rl, config.rollout
   count = lab.batch // rl.group
@@ -95,7 +143,7 @@ def _rollout(lab: Lab, config, step: int, params) -> Dialogue:
     samples=rl.group,
   )
   key = jax.random.fold_in(jax.random.key(config.seed), 3)
-  speakers = (lab.partner, lab.speaker(lab.variables(params, lab.free)))
+  speakers = (lab.partner, trained.speaker(params))
   return lab.talk(key, speakers, scenario, lines=rl.lines, tokens=size.tokens)
 
 
@@ -118,23 +166,15 @@ def _judged(lab, terms, said):
   return total, metrics
 
 
-def _update(lab: Lab, config, optimizer, state: TrainState, mesh):
+def _update(lab: Lab, config, trained, optimizer, state: TrainState, mesh):
   """`(state, dialogue, rewards) -> state, metrics`, compiled once."""
   rl = config.rl
   algorithm = learn.ALGORITHMS[rl.algorithm]
-  trained = decoder.functions(
+  functions = decoder.functions(
     lab.model.config, dtype=jnp.dtype(config.dtype), remat=True
   )
-  apply = sharding.by_rows(trained.apply, mesh)
+  apply = sharding.by_rows(lora.adapted(functions.apply), mesh)
   temperature = config.rollout.temperature
-  loss_fn = policy_loss(
-    apply,
-    trained.unembed,
-    functools.partial(algorithm.loss, kl=rl.kl),
-    {},
-    temperature=temperature,
-    chunk=rl.chunk,
-  )
 
   def step(state, said, values, base):
     batch = jax.lax.with_sharding_constraint(
@@ -143,7 +183,7 @@ def _update(lab: Lab, config, optimizer, state: TrainState, mesh):
     )
     hidden, _ = apply(base, batch.tokens, batch.positions)
     reference = token_logprobs(
-      trained.unembed,
+      functions.unembed,
       base,
       hidden,
       batch.before,
@@ -152,6 +192,15 @@ def _update(lab: Lab, config, optimizer, state: TrainState, mesh):
       chunk=rl.chunk,
     )
     batch = batch.replace(reference_logprobs=reference)
+    loss_fn = policy_loss(
+      apply,
+      functions.unembed,
+      functools.partial(algorithm.loss, kl=rl.kl),
+      {**base, 'lora': trained.fixed} if rl.adapter.rank else {},
+      temperature=temperature,
+      chunk=rl.chunk,
+      trained=trained.collection,
+    )
     return learn.train_step(
       state,
       batch,

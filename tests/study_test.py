@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from persona_jax import main, metrics, models, study
-from persona_jax.models import decoder
+from persona_jax import lab, main, metrics, models, study, train, trees
+from persona_jax.models import adapter_file, decoder, lora
 from persona_jax.models.config import DecoderConfig, Kind, Rope
 
 PHASES = ('model', 'space', 'judges', 'baseline', 'rl', 'cap', 'answer')
@@ -84,6 +87,30 @@ def test_a_ceiling_lowers_the_projection(finished):
     for e in finished[1]['effects']
   }
   assert effects['cap', 'projection'] < 0
+
+
+def test_an_adapter_is_trained_and_left_for_peft(config, tmp_path):
+  config = config.copy_and_resolve_references()
+  main.override(config, 'rl.adapter.rank', '2')
+  main.override(config, 'rl.adapter.targets', 'attn|down')
+  opened = lab.open_lab(config)
+  taste = lambda dialogue: jnp.mean(dialogue.tokens % 7, axis=2)
+  result = train.run(
+    opened,
+    config,
+    {'taste': (1.0, jax.tree_util.Partial(taste))},
+    tmp_path,
+    advance=lambda count: None,
+  )
+  before = trees.flatten(opened.model.variables['params'])
+  after = trees.flatten(result.params)
+  moved = {k for k in before if not np.array_equal(before[k], after[k])}
+  assert moved == {k for k in before if re.search('attn/.*/kern|down', k)}
+  adapter = adapter_file.load(tmp_path / 'adapter', opened.model)
+  again = lora.merge({**opened.model.variables, 'lora': adapter})['params']
+  for name, leaf in trees.flatten(again).items():
+    np.testing.assert_allclose(leaf, after[name], atol=1e-6, err_msg=name)
+  assert result.log[1]['policy/ratio'] == pytest.approx(1, abs=0.02)
 
 
 _EACH_TAKES_A_MINUTE = [
