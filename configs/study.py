@@ -10,6 +10,7 @@ def get_config(arg: str = 'laptop'):
   c.model = 'smollm2-135m'
   c.dtype = 'float32'
   c.seed = 0
+  c.today = '2026-01-01'  # for chat templates that write a date
   c.space = dict(
     roles=64,
     prompts=1,  # of the two that each archetype has

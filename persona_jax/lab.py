@@ -1,6 +1,7 @@
 """A model with everything compiled around it: what the programs share."""
 
 import dataclasses
+import datetime
 import functools
 from typing import Any
 
@@ -163,7 +164,13 @@ def open_lab(config, *, progress=None) -> Lab:
   loaded = models.load(config.model, dtype=kept, progress=progress)
   apply, unembed = decoder.functions(loaded.config, dtype=dtype)
   model = dataclasses.replace(loaded, apply=apply, unembed=unembed)
-  chat = Chat(model.tokenizer, model.template, model.special)
+  today = datetime.date.fromisoformat(config.today)
+  chat = Chat(
+    model.tokenizer,
+    model.template,
+    model.special,
+    variables={'strftime_now': today.strftime},
+  )
   size = config.rollout
   return Lab(model, chat, size.batch, size.temperature, dtype)
 

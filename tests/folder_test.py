@@ -495,3 +495,26 @@ def test_a_template_in_another_encoding(whole):
 def test_odd_ids(whole, ids):
   change(whole / 'generation_config.json', eos_token_id=ids)
   refused(whole, 'is no token id')
+
+
+def test_of_a_model_that_also_sees_the_text_is_read(tmp_path):
+  model = speaker(
+    model_type='gemma3_text',
+    head_dim=4,
+    hidden_activation='gelu_pytorch_tanh',
+    sliding_window=8,
+    tie_word_embeddings=True,
+  )
+  path = tmp_path / 'seeing'
+  folder.write(model, path)
+  tensors = safetensors_numpy.load_file(path / WEIGHTS)
+  tensors = {f'language_model.{k}': v for k, v in tensors.items()}
+  tensors['vision_tower.embeddings.weight'] = np.ones((3, 3), np.float32)
+  tensors['multi_modal_projector.weight'] = np.ones((3, 3), np.float32)
+  safetensors_numpy.save_file(tensors, path / WEIGHTS)
+  inner = json.loads((path / 'config.json').read_text())
+  whole = {'model_type': 'gemma3', 'vision_config': {}, 'text_config': inner}
+  (path / 'config.json').write_text(json.dumps(whole))
+  loaded = models.load(path)
+  assert loaded.config == model.config
+  same(loaded.variables, model.variables)
