@@ -230,6 +230,30 @@ def test_truncated_gguf(gguf_path, tmp_path, share):
     models.load(short)
 
 
+def with_tokens(folder, *added):
+  """A tokenizer of 48 tokens, all that the embedding has, and more."""
+  letters = {chr(0x4E00 + i): i for i in range(48)}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+  for token in added:
+    special = token.startswith('<|')
+    tokenizer.add_tokens([tokenizers.AddedToken(token, special=special)])
+  tokenizer.save(str(folder / 'tokenizer.json'))
+
+
+def test_a_tokenizer_larger_than_the_embedding(folder):
+  with_tokens(folder, '<|image|>', 'word')
+  with pytest.raises(models.CheckpointError, match='has 50 tokens.* 48 rows'):
+    models.load(folder)
+
+
+def test_a_control_token_without_a_row_is_text(folder):
+  with_tokens(folder, '<|image|>')
+  tokenizer = models.load(folder).tokenizer
+  assert max(tokenizer.get_vocab().values()) == 47
+  with_tokens(folder)
+  assert models.load(folder).tokenizer.get_vocab_size() == 48
+
+
 def test_not_a_gguf(tmp_path):
   (tmp_path / 'web.gguf').write_text('<html>')
   with pytest.raises(ValueError, match=r'web\.gguf is not a GGUF'):

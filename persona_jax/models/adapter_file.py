@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from persona_jax import trees
-from persona_jax.models import lora, names, peft
+from persona_jax.models import lora, names, peft, shards
 from persona_jax.models.checkpoint import CheckpointError
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -200,12 +200,7 @@ def _tensors(file: Path) -> dict[str, np.ndarray]:
 
 def _json(file: Path) -> dict[str, Any]:
   _need(file)
-  try:
-    return json.loads(file.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise CheckpointError(
-      f'{file} is not JSON ({error}); fetch it again.'
-    ) from error
+  return shards.read_json(file)
 
 
 def _need(file: Path):

@@ -11,12 +11,7 @@ import jax.numpy as jnp
 
 from persona_jax.models import checkpoint as checkpoint_lib
 from persona_jax.models import config as config_lib
-from persona_jax.models import (
-  decoder,
-  folder,
-  gguf_file,
-  stream,
-)
+from persona_jax.models import decoder, folder, gguf_file, stream, vocabulary
 from persona_jax.models import source as source_lib
 
 CheckpointError = checkpoint_lib.CheckpointError
@@ -76,7 +71,7 @@ def load(
     folder.read(path, inert=inert) if path.is_dir() else gguf_file.read(path)
   )
   config = _for_context(opened.config, context)
-  _check_vocabulary(opened)
+  tokenizer = _fitting(opened)
   shardings = stream.shardings(config, dtype, mesh, rules)
   mix = stream.mix(config, shardings)
   apply, unembed = decoder.functions(config, dtype=dtype, mix=mix)
@@ -86,7 +81,7 @@ def load(
     variables={'params': stream.parameters(opened, dtype, shardings)},
     apply=apply,
     unembed=unembed,
-    tokenizer=opened.tokenizer,
+    tokenizer=tokenizer,
     template=opened.template,
     special=opened.special,
     stop_ids=opened.stop_ids,
@@ -117,15 +112,22 @@ def _for_context(config, context) -> config_lib.DecoderConfig:
   return dataclasses.replace(config, kinds=tuple(map(chosen, config.kinds)))
 
 
-def _check_vocabulary(opened):
-  """Every token needs a row of the embedding; spare rows are padding."""
-  size = max(opened.tokenizer.get_vocab().values(), default=-1) + 1
-  if size > opened.config.vocab:
+def _fitting(opened) -> Any:
+  """The tokenizer, when every token has a row of the embedding.
+
+  Spare rows are padding. A control token without a row (Gemma 3's image token
+  in models that do not see) is plain text.
+  """
+  rows, tokenizer = opened.config.vocab, opened.tokenizer
+  added = tokenizer.get_added_tokens_decoder()
+  beyond = {i for i, token in added.items() if i >= rows and token.special}
+  size = max(set(tokenizer.get_vocab().values()) - beyond, default=-1) + 1
+  if size > rows:
     raise CheckpointError(
       f'{opened.where}: the tokenizer has {size} tokens, the embedding '
-      f'{opened.config.vocab} rows; they are not of one model. Fetch both '
-      'again.'
+      f'{rows} rows; they are not of one model. Fetch both again.'
     )
+  return vocabulary.without(tokenizer, beyond) if beyond else tokenizer
 
 
 def _name(source, path: Path) -> str:

@@ -1,5 +1,7 @@
 """Tokenizers: from a tokenizer.json, or rebuilt from a GGUF's metadata."""
 
+import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +74,17 @@ def from_file(path: str | Path):
       f'{path} is not a tokenizer.json that tokenizers '
       f'{tokenizers.__version__} reads ({error}).'
     ) from error
+
+
+def without(tokenizer, ids: Collection[int]):
+  """The tokenizer without some of its added tokens, which become text."""
+  import tokenizers
+
+  record = json.loads(tokenizer.to_str())
+  record['added_tokens'] = [
+    token for token in record['added_tokens'] if token['id'] not in ids
+  ]
+  return tokenizers.Tokenizer.from_str(json.dumps(record))
 
 
 def from_gguf(metadata: dict[str, Any]):
