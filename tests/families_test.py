@@ -345,7 +345,8 @@ def test_weights_stream_to_their_places_on_a_mesh(name, tensor):
   tokens, positions = fakes.text(batch=8, vocab=60)
   apply = decoder.functions(config).apply
   want, _ = jax.jit(apply)({'params': plain}, tokens, positions)
-  mix = stream.mix(config, places)
+  place = names.leaf(places, names.EXPERTS) if config.experts else None
+  mix = experts.placed(place)
   assert (mix is experts.grouped) == (config.experts is None)
   spread = sharding.by_rows(decoder.functions(config, mix=mix).apply, mesh)
   hidden, _ = jax.jit(spread)({'params': params}, tokens, positions)

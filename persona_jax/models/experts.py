@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -56,6 +56,12 @@ def sharded(mesh: Mesh, axis: str) -> Callable:
     return run(x, weights, ids, dict(kernels))
 
   return mix
+
+
+def placed(place: NamedSharding | None) -> Callable:
+  """How to compute where the kernels [L E O I] lie: spread over E or not."""
+  axis = None if place is None else (*place.spec, None, None)[1]
+  return grouped if axis is None else sharded(place.mesh, axis)
 
 
 def _grouped(x, weights, ids, kernels, act):

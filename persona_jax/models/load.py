@@ -11,7 +11,15 @@ import jax.numpy as jnp
 
 from persona_jax.models import checkpoint as checkpoint_lib
 from persona_jax.models import config as config_lib
-from persona_jax.models import decoder, folder, gguf_file, stream, vocabulary
+from persona_jax.models import (
+  decoder,
+  experts,
+  folder,
+  gguf_file,
+  names,
+  stream,
+  vocabulary,
+)
 from persona_jax.models import source as source_lib
 
 CheckpointError = checkpoint_lib.CheckpointError
@@ -73,7 +81,10 @@ def load(
   config = _for_context(opened.config, context)
   tokenizer = _fitting(opened)
   shardings = stream.shardings(config, dtype, mesh, rules)
-  mix = stream.mix(config, shardings)
+  place = None
+  if shardings is not None and config.experts is not None:
+    place = names.leaf(shardings, names.EXPERTS)
+  mix = experts.placed(place)
   apply, unembed = decoder.functions(config, dtype=dtype, mix=mix)
   return LanguageModel(
     name=_name(source, path),

@@ -90,6 +90,7 @@ IGNORED = (
   r'^rope_(freqs|factors_short|factors_long)\.weight$',
 )
 UNEMBED = 'lm_head.weight'  # of Hugging Face
+EXPERTS = 'layers/mlp/experts/gate/kernel'  # spread as all of them are
 HUGGING_FACE, GGUF = 0, 1  # columns of the tables above
 
 

@@ -6,7 +6,6 @@ forgotten: the host never holds more than a block beside what is its own.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from persona_jax import trees
-from persona_jax.models import experts, names
+from persona_jax.models import names
 from persona_jax.models.checkpoint import Checkpoint, CheckpointError
 
 BLOCK = 32 * 2**20  # bytes read at a time, as float32
@@ -31,15 +30,6 @@ def shardings(config, dtype, mesh, rules):
     }
   )
   return trees.shardings({'params': tree}, mesh, rules)['params']
-
-
-def mix(config, places=None) -> Callable:
-  """How to compute experts where they lie: spread over a mesh, or not."""
-  if config.experts is None or places is None:
-    return experts.grouped
-  place = names.leaf(places, 'layers/mlp/experts/gate/kernel')
-  axis = (*place.spec, None, None)[1]
-  return experts.grouped if axis is None else experts.sharded(place.mesh, axis)
 
 
 def parameters(opened: Checkpoint, dtype: Any, places=None) -> dict[str, Any]:
