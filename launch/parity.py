@@ -212,6 +212,7 @@ def real(path, count):
     with torch.inference_mode():
       out = reference.generate(
         torch.tensor([ids]),
+        attention_mask=torch.ones((1, len(ids))),  # token 0 may be a word
         max_new_tokens=count,
         do_sample=False,
         eos_token_id=None,
@@ -234,12 +235,11 @@ def ties(want, got, new, start) -> str:
   """How near a tie transformers is wherever we choose another token."""
   said = ''
   for i, token in enumerate(new):
-    row, ours_ = want[start + i - 1], got[start + i - 1]
-    if ours_.argmax() != token:
-      gap = row.max() - row[ours_.argmax()]
+    row, best = want[start + i - 1], got[start + i - 1].argmax()
+    if best != token:
       said += (
-        f' at {i}: transformers generated {token}, its whole pass says '
-        f'{row.argmax()}, ours {ours_.argmax()}, {gap:.1e} below its best'
+        f' at {i} ours is {best}, theirs with a cache {token}, without one '
+        f'{row.argmax()}: {row[best]:.5f} and {row[token]:.5f}'
       )
   return said
 
