@@ -4,6 +4,7 @@ A family is a row: what it always does (`same`), and the Hugging Face fields
 that only it has. `from_hf` and `to_hf` are inverse to each other.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ def from_hf(
     CheckpointError: a field is missing, contradictory, unknown or set to what
       we do not compute; all unknown ones are named at once.
   """
-  fields = Fields(config, 'config.json')
+  fields = Fields(config, 'config.json', inert)
   family = known(fields.text('model_type'), FAMILIES, 'model_type')
   fields = fields.with_defaults(FAMILIES[family].defaults)
   _refuse(fields)
@@ -59,7 +60,7 @@ def from_hf(
   read |= _kinds(fields, FAMILIES[family], read['layers'], read['head_dim'])
   read |= FAMILIES[family].same
   read |= FAMILIES[family].more(fields, read)
-  fields.all_known(inert)
+  fields.all_known()
   return make(read)
 
 
@@ -72,7 +73,8 @@ def text_part(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
   inner = settings.get('text_config')
   if kind not in SEEING or not isinstance(inner, Mapping):
     return settings, ''
-  return {'model_type': f'{kind}_text', **inner}, PREFIX
+  outer = {k: settings[k] for k in _OF_ALL if settings.get(k) is not None}
+  return {'model_type': f'{kind}_text', **outer, **inner}, PREFIX
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
@@ -147,9 +149,11 @@ def _numbers(fields, family) -> dict[str, Any]:
         f'num_attention_heads={heads}, and there is no head_dim; add it.'
       )
     head_dim = features // heads
-  activation = fields.text(_activation_field(family), 'silu')
   names = {v: k for k, v in _ACTIVATIONS.items()}
-  fields.only(_activation_field(family), tuple(names))
+  field = _activation_field(family)
+  usual = 'silu' if field == 'hidden_act' else 'gelu_pytorch_tanh'
+  activation = fields.text(field, usual)
+  fields.only(field, tuple(names))
   return {
     'family': family,
     'vocab': fields.count('vocab_size'),
@@ -217,6 +221,7 @@ def _without_rope_slide(fields, layers):
 
 def _gemma(fields, read):
   fields.ignore('hidden_act')  # transformers reads hidden_activation
+  fields.only('sliding_window_size', (fields.count('sliding_window', None),))
   fields.only('use_bidirectional_attention', (False,))
   cap = lambda name: fields.number(name, None)
   return {
@@ -253,11 +258,23 @@ def _granite_out(config):
   }
 
 
+def _chunked(fields, read):
+  """Dual chunk attention (Qwen 1M), which is plain within the first chunk."""
+  name = 'dual_chunk_attention_config'
+  record = fields.record(name, None)
+  if record is None:
+    return {}
+  inner = fields.inner(record, name)
+  plain = inner.count('chunk_size') - inner.count('local_size')
+  fields.check(name, plain > 0, 'chunk_size must be above local_size')
+  return {'max_positions': min(read['max_positions'], plain)}
+
+
 def _qwen3_moe(fields, read):
   fields.only('decoder_sparse_step', (1,))
   fields.only('mlp_only_layers', ([],))
   count = fields.count('num_local_experts', None, most=MOST)
-  return {
+  return _chunked(fields, read) | {
     'hidden': fields.count('moe_intermediate_size'),
     'experts': Experts(
       count=count or fields.count('num_experts', most=MOST),
@@ -332,7 +349,9 @@ FAMILIES = {
   ),
   'mixtral': Family(
     'MixtralForCausalLM',
+    defaults={'rms_norm_eps': 1e-5},
     slides=_all_slide,
+    ropes=functools.partial(rope_fields.same_everywhere, default=1_000_000.0),
     more=_mixtral,
     less=_mixtral_out,
   ),
@@ -341,6 +360,7 @@ FAMILIES = {
     same={'qkv_bias': True},
     defaults={'use_sliding_window': False},
     slides=_late_slide,
+    more=_chunked,
     less=_windowed_out,
   ),
   'qwen3': Family(
@@ -348,6 +368,7 @@ FAMILIES = {
     same={'qk_norm': 'head'},
     defaults={'head_dim': 128, 'use_sliding_window': False},
     slides=_late_slide,
+    more=_chunked,
     less=_windowed_out,
   ),
   'qwen3_moe': Family(
@@ -363,7 +384,6 @@ FAMILIES = {
     same=_GEMMA,
     defaults={
       'head_dim': 256,
-      'hidden_activation': 'gelu_pytorch_tanh',
       'query_pre_attn_scalar': 256,
       'sliding_window': 4096,
       'attn_logit_softcapping': 50.0,
@@ -382,7 +402,6 @@ FAMILIES = {
       'num_attention_heads': 8,
       'num_key_value_heads': 4,
       'head_dim': 256,
-      'hidden_activation': 'gelu_pytorch_tanh',
       'max_position_embeddings': 131_072,
       'query_pre_attn_scalar': 256,
       'sliding_window': 4096,
@@ -395,11 +414,16 @@ FAMILIES = {
   ),
   'phi3': Family(
     'Phi3ForCausalLM',
+    defaults={
+      'rms_norm_eps': 1e-5,
+      'original_max_position_embeddings': 4096,
+    },
     slides=_all_slide,
     less=_window_out,
   ),
   'olmo2': Family(
     'Olmo2ForCausalLM',
+    defaults={'rms_norm_eps': 1e-5},
     same={'qk_norm': 'whole', 'norm_before': False, 'norm_after': True},
   ),
   'granite': Family('GraniteForCausalLM', more=_granite, less=_granite_out),
@@ -419,6 +443,7 @@ FAMILIES = {
 SEEING = ('gemma3',)
 PREFIX = 'language_model.'
 UNSEEN = ('vision_tower.', 'multi_modal_projector.')
+_OF_ALL = ('quantization_config',)  # said of the whole, true of the text
 
 # Fields that change the numbers, and the only values that we compute.
 _ONLY = {
@@ -428,6 +453,10 @@ _ONLY = {
   'is_encoder_decoder': (False,),
   'use_mrope': (False,),
   'rope_interleaved': (False,),
+  'activation': ('swiglu',),  # Falcon 3 says it beside hidden_act
+  'lm_head_bias': (False,),
+  'full_attn_mod': (1,),  # Phi-4 mini: every layer attends fully,
+  'interpolate_factor': (1,),  # and nothing is interpolated
 }
 _ACTIVATIONS = {
   'silu': 'silu',

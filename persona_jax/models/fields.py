@@ -9,9 +9,11 @@ from persona_jax.models.checkpoint import CheckpointError
 
 # Fields that change no number of a forward pass, whatever they hold.
 INERT = (
-  r'_.*|.*_token_id|.*dropout|.*_pdrop|.*version.*|.*initializer.*|.*_init_.*',
+  r'_.*|.*_token_id|.*dropout(_prob)?|.*_pdrop|.*version.*',
+  r'.*initializer.*|.*_init_.*',
   r'architectures|auto_map|model_type|(torch_)?dtype|torchscript|use_bfloat16',
-  r'use_cache|cache_implementation|attn_implementation|output_.*|return_dict.*',
+  r'use_cache|cache_implementation|attn_implementation|return_dict.*',
+  r'output_(attentions|hidden_states|past|scores|logits|router_logits)',
   r'pretraining_tp|router_(aux_loss_coef|jitter_noise)|tokenizer_class|prefix',
   r'id2label|label2id|num_labels|problem_type|task_specific_params|is_decoder',
   r'finetuning_task|pruned_heads|chunk_size_feed_forward|tf_legacy_loss',
@@ -22,6 +24,8 @@ INERT = (
   r'suppress_tokens|exponential_decay_length_penalty|remove_invalid_values',
   r'is_llama_config|transformers\.js_config|unsloth.*|model_max_length|name',
   r'max_window_layers|sliding_window_pattern|no_rope_layer_interval',
+  r'gradient_checkpointing|neftune_noise_alpha|max_sequence_length',
+  r'use_flash_attention(_2)?',
 )
 _INERT = re.compile('|'.join(f'(?:{x})' for x in INERT))
 _NEEDED = object()
@@ -31,20 +35,26 @@ class Fields:
   """Reads typed fields of a record; null is the same as absent.
 
   Every method that takes a `default` raises a CheckpointError for a missing
-  field if none is given, and for a value of another type.
+  field if none is given, and for a value of another type. `inert` names
+  unknown fields that may be ignored, here and in inner records.
   """
 
-  def __init__(self, record: Mapping[str, Any], where: str, known=None):
+  def __init__(self, record: Mapping[str, Any], where: str, inert=()):
     self._record = record
     self._where = where
-    self._known = set() if known is None else known
+    self._inert = tuple(inert)
+    self._known = set()
 
   def with_defaults(self, defaults: Mapping[str, Any]) -> 'Fields':
     """The same fields, where `defaults` stand in for absent ones."""
     record = {**self._record}
     for name, value in defaults.items():
       record.setdefault(name, value)
-    return Fields(record, self._where, self._known)
+    return Fields(record, self._where, self._inert)
+
+  def inner(self, record: Mapping[str, Any], where: str) -> 'Fields':
+    """The fields of a record inside this one."""
+    return Fields(record, f'{self._where}, {where}', self._inert)
 
   def count(self, name: str, default=_NEEDED, most: int = 2**31) -> int | None:
     """A whole number from 1 to `most`."""
@@ -108,14 +118,14 @@ class Fields:
     """Takes these fields as understood."""
     self._known |= set(names)
 
-  def all_known(self, inert: tuple[str, ...] = ()):
+  def all_known(self):
     """Raises one CheckpointError that names every field not understood."""
     unknown = [
       name
       for name, value in self._record.items()
       if value is not None
       and name not in self._known
-      and name not in inert
+      and name not in self._inert
       and not _INERT.fullmatch(name)
     ]
     if unknown:

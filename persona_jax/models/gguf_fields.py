@@ -175,10 +175,21 @@ def _rope(fields, kind, read, tensors, tensor) -> Rope:
   if FREQUENCIES in tensors:
     return _llama3(theta, _floats(tensor(FREQUENCIES)), longest, fraction)
   if scaling == 'yarn':
-    return _named(theta, 'yarn', {'factor': factor, size: original}, fraction)
+    numbers = {'factor': factor, size: original} | _yarn(fields)
+    return _named(theta, 'yarn', numbers, fraction)
   if scaling == 'linear' or factor != 1:
     return _named(theta, 'linear', {'factor': factor}, fraction)
   return Rope(theta, fraction=fraction)
+
+
+def _yarn(fields) -> dict[str, float | None]:
+  """What llama.cpp lets a file change of YaRN, as far as we compute it."""
+  name = 'rope.scaling.'
+  for factor in ('attn_factor', 'yarn_attn_factor', 'yarn_ext_factor'):
+    fields.only(name + factor, (1.0,))
+  fields.only(name + 'yarn_log_multiplier', (0.0,))
+  betas = ('beta_fast', 'beta_slow')
+  return {x: fields.number(f'{name}yarn_{x}', None) for x in betas}
 
 
 def _llama3(theta, factors, longest, fraction) -> Rope:

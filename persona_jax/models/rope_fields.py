@@ -115,7 +115,7 @@ def _merged(fields, new, old_scaling, old_theta, default):
 
 def _rope(fields: Fields, record, head_dim) -> Rope:
   record = {k: v for k, v in record.items() if k not in _NOTES}
-  inner = Fields(record, 'config.json, rope_parameters')
+  inner = fields.inner(record, 'rope_parameters')
   kind = inner.text('rope_type', None) or inner.text('type', 'default')
   kind = _ALIASES.get(kind, kind)
   if kind not in rope.FREQUENCIES:

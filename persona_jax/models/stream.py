@@ -16,7 +16,7 @@ from persona_jax import trees
 from persona_jax.models import names
 from persona_jax.models.checkpoint import Checkpoint, CheckpointError
 
-BLOCK = 32 * 2**20  # bytes read at a time, as float32
+BLOCK = 8 * 2**20  # bytes read at a time, as float32
 
 
 def shardings(config, dtype, mesh, rules):
