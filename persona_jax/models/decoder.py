@@ -355,7 +355,9 @@ class RMSNorm(nn.Module):
     wide = x.astype(jnp.float32)
     square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(square + self.eps)
-    scale = scale.astype(jnp.float32) + self.offset
+    scale = scale.astype(jnp.float32)
+    if self.offset:
+      scale += self.offset
     return (wide * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
