@@ -36,7 +36,12 @@ class Lab:
   @functools.cached_property
   def apply(self):
     """The model with whatever adapter and caps its variables hold."""
-    return taps.edited(lora.adapted(self.model.apply), edits.stored)
+    return taps.edited(self.uncapped, edits.stored)
+
+  @functools.cached_property
+  def uncapped(self):
+    """The model with whatever adapter its variables hold."""
+    return lora.adapted(self.model.apply)
 
   @functools.cached_property
   def free(self) -> Any:
@@ -50,16 +55,28 @@ class Lab:
   @functools.cached_property
   def base(self) -> Any:
     """The untrained model's variables, free, as `apply` takes them."""
-    return self.variables(self.model.variables['params'], self.free)
+    return self.variables(self.model.variables, self.free)
 
-  def variables(self, params, caps) -> Any:
-    """Stacked variables, for whole passes."""
-    return {'params': params, 'edits': caps}
+  def variables(self, policy, caps) -> Any:
+    """Stacked variables, for whole passes.
+
+    A policy is parameters and, where one was trained, an adapter: `{'params':
+    ..., 'lora': ...}`, never merged, or bfloat16 would round it away.
+    """
+    return {**policy, 'edits': caps}
 
   def speaker(self, variables) -> Speaker:
-    """Unstacked variables, for decoding; a copy of the weights."""
+    """Unstacked variables, for decoding.
+
+    A copy of the weights, but the partner's own where they are the model's.
+    """
+    rest = {k: v for k, v in variables.items() if k != 'params'}
+    if variables['params'] is self.model.variables['params']:
+      params = self._weights
+    else:
+      params = _unstack(variables['params'], self.dtype)
     return Speaker(
-      variables=_unstack(variables, self.dtype),
+      variables={**_apart(rest), 'params': params},
       sampling=Sampling.of(
         self.batch, self.model.stop_ids, temperature=self.temperature
       ),
@@ -68,10 +85,9 @@ class Lab:
       memory=self._memory,
     )
 
-  def adapted_speaker(self, adapter) -> Speaker:
-    """The partner's voice with an adapter; no weight is copied."""
-    apart = trees.unstack_layers({'lora': adapter})
-    return self.partner.replace(variables={**self.partner.variables, **apart})
+  @functools.cached_property
+  def _weights(self):
+    return _unstack(self.model.variables['params'], self.dtype)
 
   @functools.cached_property
   def partner(self) -> Speaker:
@@ -108,7 +124,7 @@ class Lab:
     def read(variables, dialogue):
       seen = view(dialogue, POLICY, self.frame)
       reading = space.read_axis(
-        self.model.apply, variables, seen.tokens, seen.positions
+        self.uncapped, variables, seen.tokens, seen.positions
       )
       return tuple(_by_line(x, seen, dialogue) for x in reading)
 
@@ -180,10 +196,13 @@ def band(config, layers: int) -> tuple[int, int]:
   return round(config.cap.first * layers), round(config.cap.last * layers)
 
 
+_apart = jax.jit(trees.unstack_layers)
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def _unstack(variables, dtype):
-  cast = jax.tree.map(lambda x: x.astype(dtype), variables['params'])
-  return trees.unstack_layers({**variables, 'params': cast})
+def _unstack(params, dtype):
+  cast = jax.tree.map(lambda x: x.astype(dtype), params)
+  return trees.unstack_layers({'params': cast})['params']
 
 
 def _by_line(values, seen, dialogue):

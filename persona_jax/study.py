@@ -295,8 +295,8 @@ class Study:
   def _policy(self, arm):
     name = arm.split('/')[0]
     if name == 'base':
-      return self.lab.model.variables['params']
-    return self._train(name, lambda count=1: None).params
+      return self.lab.model.variables
+    return self._train(name, lambda count=1: None).policy
 
   def _cap(self, arm):
     file = {'free': None, 'capped': 'directions', 'random': 'control'}[

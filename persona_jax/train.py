@@ -24,9 +24,9 @@ from persona_jax.models import adapter_file, decoder, lora
 
 
 class Result(NamedTuple):
-  """Trained parameters, adapters merged, and the metrics of every step."""
+  """The trained policy, and the metrics of every step."""
 
-  params: dict
+  policy: dict  # {'params': ...} and, if one was trained, {'lora': ...}
   log: list[dict]
 
 
@@ -36,8 +36,7 @@ class Trained(NamedTuple):
   start: PyTree  # before the first step
   collection: str  # that it is the leaves of: 'params' or 'lora'
   fixed: PyTree  # what else that collection holds
-  speaker: Callable  # trained -> Speaker
-  params: Callable  # trained -> parameters of a plain model
+  policy: Callable  # trained -> {'params': ..., 'lora': ...}
 
 
 def run(
@@ -52,8 +51,8 @@ def run(
   """Trains on weighted `terms`; continues what `folder` holds.
 
   Trained are all parameters, or an adapter of `rl.adapter.rank`, which is also
-  left in PEFT's layout in `folder`. With `shuffle`, rewards are dealt out to
-  other dialogues: a control.
+  left in PEFT's layout in `folder` (but where projections are fused: Phi).
+  With `shuffle`, rewards are dealt out to other dialogues: a control.
 
   Raises:
     FloatingPointError: a reward, loss or gradient is not finite.
@@ -81,7 +80,8 @@ def run(
     said = speak(step, state.params)
     values, metrics = _judged(lab, terms, said)
     if shuffle:
-      key = jax.random.fold_in(jax.random.key(config.seed), step)
+      key = jax.random.fold_in(jax.random.key(config.seed), 4)
+      key = jax.random.fold_in(key, step)
       values = rewards.shuffled(values, key)
     state, learned = update(state, said, values)
     log.append(_record(lab, step, said, metrics | learned, began))
@@ -89,10 +89,11 @@ def run(
       saved.save(step + 1, state, log)
     advance(1)
   saved.close()
-  if rl.adapter.rank and not (folder / 'adapter').exists():
-    whole = lora.joined(state.params, trained.fixed)
-    adapter_file.save(whole, lab.model, folder / 'adapter')
-  return Result(trained.params(state.params), log)
+  policy = trained.policy(state.params)
+  if adapter_file.fits(lab.model.config) and 'lora' in policy:
+    if not (folder / 'adapter').exists():
+      adapter_file.save(policy['lora'], lab.model, folder / 'adapter')
+  return Result(policy, log)
 
 
 def _whole(lab: Lab) -> Trained:
@@ -101,8 +102,7 @@ def _whole(lab: Lab) -> Trained:
     start=lab.model.variables['params'],
     collection='params',
     fixed={},
-    speaker=lambda params: lab.speaker(lab.variables(params, lab.free)),
-    params=lambda params: params,
+    policy=lambda params: {'params': params},
   )
 
 
@@ -111,17 +111,14 @@ def _adapter(lab: Lab, config) -> Trained:
   key = jax.random.fold_in(jax.random.key(config.seed), 5)
   adapter = lora.init(lab.model.config, key, **config.rl.adapter)
   start, scales = lora.split(adapter)
-
-  def params(weights):
-    adapter = lora.joined(weights, scales)
-    return lora.merge({**lab.model.variables, 'lora': adapter})['params']
-
   return Trained(
     start=start,
     collection='lora',
     fixed=scales,
-    speaker=lambda weights: lab.adapted_speaker(lora.joined(weights, scales)),
-    params=params,
+    policy=lambda weights: {
+      **lab.model.variables,
+      'lora': lora.joined(weights, scales),
+    },
   )
 
 
@@ -143,7 +140,8 @@ def _rollout(lab: Lab, config, trained, step: int, params) -> Dialogue:
     samples=rl.group,
   )
   key = jax.random.fold_in(jax.random.key(config.seed), 3)
-  speakers = (lab.partner, trained.speaker(params))
+  policy = lab.variables(trained.policy(params), lab.free)
+  speakers = (lab.partner, lab.speaker(policy))
   return lab.talk(key, speakers, scenario, lines=rl.lines, tokens=size.tokens)
 
 

@@ -1,8 +1,8 @@
 """The whole program: a small random model, the real words, every phase."""
 
 import dataclasses
+import functools
 import json
-import re
 import subprocess
 import sys
 import time
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from persona_jax import lab, main, metrics, models, study, train, trees
-from persona_jax.models import adapter_file, decoder, lora
+from persona_jax.models import adapter_file, decoder
 from persona_jax.models.config import DecoderConfig, Kind, Rope
 
 PHASES = ('model', 'space', 'judges', 'baseline', 'rl', 'cap', 'answer')
@@ -89,28 +89,47 @@ def test_a_ceiling_lowers_the_projection(finished):
   assert effects['cap', 'projection'] < 0
 
 
-def test_an_adapter_is_trained_and_left_for_peft(config, tmp_path):
+def trained(config, folder, rank):
+  """The lab, and a run of RL that likes some tokens more than others."""
   config = config.copy_and_resolve_references()
-  main.override(config, 'rl.adapter.rank', '2')
+  main.override(config, 'rl.adapter.rank', str(rank))
   main.override(config, 'rl.adapter.targets', 'attn|down')
   opened = lab.open_lab(config)
   taste = lambda dialogue: jnp.mean(dialogue.tokens % 7, axis=2)
-  result = train.run(
-    opened,
-    config,
-    {'taste': (1.0, jax.tree_util.Partial(taste))},
-    tmp_path,
-    advance=lambda count: None,
-  )
-  before = trees.flatten(opened.model.variables['params'])
-  after = trees.flatten(result.params)
-  moved = {k for k in before if not np.array_equal(before[k], after[k])}
-  assert moved == {k for k in before if re.search('attn/.*/kern|down', k)}
-  adapter = adapter_file.load(tmp_path / 'adapter', opened.model)
-  again = lora.merge({**opened.model.variables, 'lora': adapter})['params']
-  for name, leaf in trees.flatten(again).items():
-    np.testing.assert_allclose(leaf, after[name], atol=1e-6, err_msg=name)
+  terms = {'taste': (1.0, jax.tree_util.Partial(taste))}
+  run = functools.partial(train.run, opened, config, terms, folder)
+  return opened, run(advance=lambda count: None)
+
+
+def test_an_adapter_is_trained_and_left_for_peft(config, tmp_path):
+  opened, result = trained(config, tmp_path, rank=2)
+  assert result.policy['params'] is opened.model.variables['params']
+  adapter = trees.flatten(result.policy['lora'])
+  assert {k for k in adapter if k.endswith('/b')} == {
+    f'layers/{k}/b'
+    for k in ('attn/q', 'attn/k', 'attn/v', 'attn/o', 'mlp/down')
+  }
+  for name, leaf in adapter.items():
+    assert np.abs(leaf).min(axis=0).max() > 0, name
+  left = adapter_file.load(tmp_path / 'adapter', opened.model)
+  for name, leaf in trees.flatten(left).items():
+    np.testing.assert_array_equal(leaf, adapter[name], err_msg=name)
   assert result.log[1]['policy/ratio'] == pytest.approx(1, abs=0.02)
+  again = trained(config, tmp_path, rank=2)[1]  # from its last checkpoint
+  assert again.log == result.log
+  for name, leaf in trees.flatten(again.policy['lora']).items():
+    np.testing.assert_array_equal(leaf, adapter[name], err_msg=name)
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize('rank', [0, 2])
+def test_rl_runs_on_all_devices(config, tmp_path, rank):
+  config = config.copy_and_resolve_references()
+  main.override(config, 'rollout.batch', str(jax.device_count()))
+  _, result = trained(config, tmp_path, rank=rank)
+  leaf = jax.tree.leaves(result.policy['lora' if rank else 'params'])[0]
+  assert len(leaf.sharding.device_set) == jax.device_count() > 1
+  assert len(result.log) == config.rl.steps
 
 
 _EACH_TAKES_A_MINUTE = [

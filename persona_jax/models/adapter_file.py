@@ -87,6 +87,12 @@ def load(path: str | Path, model, *, dtype: Any = jnp.float32) -> PyTree:
   return names.nested(leaves)
 
 
+def fits(config) -> bool:
+  """Whether PEFT's layout has a place for each projection, none fused."""
+  kernels = [f'layers/{name}/kernel' for name in lora.projections(config)]
+  return len({_foreign(config, name) for name in kernels}) == len(kernels)
+
+
 def _modules(config) -> dict[str, Module]:
   """Every projection by PEFT's name: 'model.layers.0.self_attn.q_proj'."""
   out = {}

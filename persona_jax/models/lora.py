@@ -225,8 +225,5 @@ def _folded(kernel, a, b, scale):
 
 
 def _place(kernel):
-  """Where a result should lie: with `kernel`, if that lies anywhere."""
-  placed = isinstance(kernel, jax.Array) and not isinstance(
-    kernel, jax.core.Tracer
-  )
-  return kernel.sharding if placed else None
+  """Where a result should lie: with `kernel`, if that was put anywhere."""
+  return kernel.sharding if getattr(kernel, 'committed', False) else None

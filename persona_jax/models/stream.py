@@ -52,8 +52,6 @@ def parameters(opened: Checkpoint, dtype: Any, places=None) -> dict[str, Any]:
   leaves, bad = {}, []
   for name, shape in names.shapes(config).items():
     place = None if places is None else names.leaf(places, name)
-    if place is None:
-      place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     leaves[name], worst = _leaf(opened, by_leaf[name], shape, dtype, place)
     bad += worst
   if bad:
@@ -85,26 +83,37 @@ def _check_copy(opened):
 
 def _leaf(opened, pieces, shape, dtype, place):
   """One parameter in its place, and the names of tensors not finite."""
-  where = place.addressable_devices_indices_map(shape)
+  if place is None:  # on the default device, and free to go elsewhere
+    whole = tuple((0, size) for size in shape)
+    (leaf,), bad = _filled(opened, pieces, whole, dtype, [None])
+    return leaf, bad
   by_index = {}
-  for device, index in where.items():
+  for device, index in place.addressable_devices_indices_map(shape).items():
     by_index.setdefault(_bounds(index, shape), []).append(device)
-  parts, flags = [], []
+  parts, bad = [], []
   for bounds, devices in by_index.items():
-    size = tuple(stop - start for start, stop in bounds)
-    buffers = [_zeros(size, dtype, device) for device in devices]
-    for piece in pieces:
-      for start, read in _blocks(opened, piece, bounds):
-        block = np.asarray(read())
-        jax.block_until_ready(buffers)  # or blocks queue up on the host
-        for i, device in enumerate(devices):
-          buffers[i], finite = _copy(
-            buffers[i], jax.device_put(block, device), start
-          )
-          flags.append((piece.theirs, finite))
-    parts += buffers
+    some, worse = _filled(opened, pieces, bounds, dtype, devices)
+    parts += some
+    bad += worse
+  leaf = jax.make_array_from_single_device_arrays(shape, place, parts)
+  return leaf, list(dict.fromkeys(bad))
+
+
+def _filled(opened, pieces, bounds, dtype, devices):
+  """A shard on each device, and the names of tensors not finite."""
+  size = tuple(stop - start for start, stop in bounds)
+  buffers = [jnp.zeros(size, dtype, device=device) for device in devices]
+  flags = []
+  for piece in pieces:
+    for start, read in _blocks(opened, piece, bounds):
+      block = np.asarray(read())
+      jax.block_until_ready(buffers)  # or blocks queue up on the host
+      for i, device in enumerate(devices):
+        here = block if device is None else jax.device_put(block, device)
+        buffers[i], finite = _copy(buffers[i], here, start)
+        flags.append((piece.theirs, finite))
   bad = dict.fromkeys(name for name, finite in flags if not finite)
-  return jax.make_array_from_single_device_arrays(shape, place, parts), [*bad]
+  return buffers, list(bad)
 
 
 def _bounds(index, shape):
@@ -132,10 +141,6 @@ def _blocks(opened, piece, bounds):
     )
     start = (*at, row - first, *(0 for _ in rest))
     yield start, lambda rows=rows: tensor[(rows, *columns)]
-
-
-def _zeros(shape, dtype, device):
-  return jnp.zeros(shape, dtype, device=device)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
