@@ -177,7 +177,13 @@ def open_lab(config, *, progress=None) -> Lab:
   """
   dtype = jnp.dtype(config.dtype)
   kept = dtype if config.rl.adapter.rank else jnp.float32
-  loaded = models.load(config.model, dtype=kept, progress=progress)
+  loaded = models.load(
+    config.model,
+    dtype=kept,
+    context=config.context or None,
+    inert=tuple(config.inert.split(',')),
+    progress=progress,
+  )
   apply, unembed = decoder.functions(loaded.config, dtype=dtype)
   model = dataclasses.replace(loaded, apply=apply, unembed=unembed)
   today = datetime.date.fromisoformat(config.today)

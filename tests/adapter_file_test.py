@@ -225,3 +225,47 @@ def test_fused_projections_are_refused(saved, monkeypatch):
   fused = 'model.layers.{layer}.self_attn.qkv_proj.weight'
   monkeypatch.setattr(adapter_file, '_foreign', lambda config, name: fused)
   refuses('qkv_proj is attn/q and attn/k', adapter_file.load, saved, model())
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'lora_alpha': 'x'},
+    {'lora_alpha': float('nan')},
+    {'target_modules': 5},
+    {'target_modules': [5]},
+    {'target_modules': '(q_proj'},
+    {'alpha_pattern': {'(': 1}},
+    {'rank_pattern': [1]},
+    {'r': 0},
+    {'r': '2'},
+  ],
+  ids=str,
+)
+def test_values_of_a_wrong_kind_are_named(saved, changes):
+  config_of(saved, **changes)
+  (name,) = changes
+  with pytest.raises(models.CheckpointError, match=rf'{name}[= ]'):
+    adapter_file.load(saved, model())
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, 'whole'])
+def test_adapter_weights_that_are_no_numbers(saved, bad):
+  def spoil(tensors):
+    name = sorted(tensors)[0]
+    if bad == 'whole':
+      tensors[name] = tensors[name].astype(np.int32)
+    else:
+      tensors[name][0, 0] = bad
+
+  tensors_of(saved, spoil)
+  with pytest.raises(models.CheckpointError, match='NaN, infinity or whole'):
+    adapter_file.load(saved, model())
+
+
+def test_the_base_is_called_as_the_hub_calls_it(tmp_path):
+  base = model(name='hf:org/name@abc')
+  adapter_file.save(adapter(), base, tmp_path / 'out')
+  config = config_of(tmp_path / 'out')
+  assert config['base_model_name_or_path'] == 'org/name'
+  assert config['revision'] == 'abc'

@@ -94,3 +94,10 @@ def test_each_device_computes_with_its_own_experts_alone():
   assert 'all-reduce' in text
   assert 'all-gather' not in text
   assert f'f32[{COUNT},{HIDDEN},{FEATURES}]' not in text
+
+
+def test_experts_over_two_axes_are_refused():
+  mesh = jax.make_mesh((1, 1), ('fsdp', 'tensor'), (AxisType.Auto,) * 2)
+  place = NamedSharding(mesh, P(None, ('fsdp', 'tensor')))
+  with pytest.raises(ValueError, match="over .'fsdp', 'tensor'.*one axis"):
+    experts.placed(place)

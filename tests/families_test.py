@@ -210,8 +210,16 @@ REFUSED = {
     'head_dim': None,
   },
   'heads=4 is not a multiple of kv_heads=3': {'num_key_value_heads': 3},
-  'some layers slide, but sliding_window is null': {
+  'LlamaForCausalLM does not choose its windows by it': {
     'layer_types': ['full_attention', 'sliding_attention']
+  },
+  'conversion_factor=2 may change the numbers': {'conversion_factor': 2},
+  'head_dim=7; 7 is odd': {'head_dim': 7},
+  '3 of 6 features is no even number': {
+    'rope_parameters': {'rope_theta': 500.0, 'partial_rotary_factor': 0.5}
+  },
+  '18 of 6 features is no even number': {
+    'rope_parameters': {'rope_theta': 500.0, 'partial_rotary_factor': 3.0}
   },
   "layer_types=.'full_attention'.; it needs 2 entries": {
     'layer_types': ['full_attention']
@@ -224,6 +232,24 @@ REFUSED = {
 def test_what_would_change_the_numbers_is_refused(said):
   with pytest.raises(CheckpointError, match=said):
     families.from_hf(hf(**REFUSED[said]))
+
+
+def test_windows_that_contradict_themselves():
+  row = 'qwen 2, some windows'
+  with pytest.raises(CheckpointError, match='layer_types=.*does not choose'):
+    families.from_hf(hf(row, use_sliding_window=False))
+  with pytest.raises(CheckpointError, match='slide, but sliding_window is nul'):
+    families.from_hf(hf(row, sliding_window=None))
+
+
+def test_a_token_cannot_visit_more_experts_than_there_are():
+  with pytest.raises(CheckpointError, match='visits 7 of 5 experts'):
+    families.from_hf(hf('mixtral', num_experts_per_tok=7))
+
+
+def test_parameters_may_go_anywhere_unless_they_were_put():
+  params = made(ROWS['llama, tied'])[1]
+  assert not any(leaf.committed for leaf in jax.tree.leaves(params))
 
 
 def test_unknown_fields_can_be_called_inert():

@@ -400,7 +400,7 @@ def test_all_problems_of_an_index_come_at_once(parts):
 def test_long_lists_are_cut(parts):
   change(parts / INDEX, weight_map={str(i): FIRST for i in range(90)})
   count = 90 + len(safetensors_numpy.load_file(parts / FIRST))
-  refused(parts, f'{count} problem(s)', f' and {count - 10} more. Fetch')
+  refused(parts, f'{count} problem(s)', f' and {count - 20} more. Fetch')
 
 
 @pytest.mark.parametrize('mapped', [None, [], {}, 'x'])

@@ -4,7 +4,7 @@ A Llama of random weights is written as bfloat16 shards and loaded in a child
 process, whose own (anonymous) memory is sampled; pages of the mapped files are
 the system's to drop, and are not counted. The floor is the target itself.
 
-  python launch/bench/load.py --layers=8 --dtype=float32
+  python launch/bench/load.py --layers=8
 """
 
 import argparse

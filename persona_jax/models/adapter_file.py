@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from persona_jax import trees
 from persona_jax.models import lora, names, peft, shards
-from persona_jax.models.checkpoint import CheckpointError
+from persona_jax.models.checkpoint import CheckpointError, listed
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 _OPEN, _READABLE = 0o755, 0o644  # temporary files are private otherwise
@@ -103,7 +103,8 @@ def _modules(config) -> dict[str, Module]:
       if name in out:
         raise CheckpointError(
           f'{name} is {out[name].ours} and {ours} in one; adapters of fused '
-          'projections are not supported. Merge it into its model with PEFT.'
+          "projections have no place in PEFT's layout here. Merge such an "
+          'adapter into its model instead: with PEFT, or with `lora.merge`.'
         )
       out[name] = Module(ours, i, tuple(shape))
   return out
@@ -166,7 +167,7 @@ def _fit(tensors, modules: Mapping[str, Module], config, model):
   if problems:
     raise CheckpointError(
       f'the adapter of {peft.base(config)} does not fit {model.name!r}; '
-      f'{len(problems)} problem(s): {lora.listed(problems)}. Use it with the '
+      f'{len(problems)} problem(s): {listed(problems)}. Use it with the '
       'model that it was made for.'
     )
 
@@ -197,11 +198,23 @@ def _tensors(file: Path) -> dict[str, np.ndarray]:
 
   _need(file)
   try:
-    return safetensors_numpy.load_file(file)
+    tensors = safetensors_numpy.load_file(file)
   except safetensors.SafetensorError as error:
     raise CheckpointError(
       f'{file} ends early or is damaged ({error}); fetch it again.'
     ) from error
+  bad = [
+    k
+    for k, v in tensors.items()
+    if not jnp.issubdtype(v.dtype, jnp.floating)
+    or not np.isfinite(v.astype(np.float32)).all()
+  ]
+  if bad:
+    raise CheckpointError(
+      f'{file}: {listed(bad, ", ")} hold NaN, infinity or whole numbers; '
+      'fetch it again.'
+    )
+  return tensors
 
 
 def _json(file: Path) -> dict[str, Any]:

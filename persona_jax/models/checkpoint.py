@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,13 @@ class Checkpoint:
     texts = (*ENDS, self.special.get('eos', ''))
     ids = (self.tokenizer.token_to_id(text) for text in texts)
     return tuple(sorted({i for i in (*ids, *self.ends) if i is not None}))
+
+
+def listed(items: Sequence[str], separator: str = '; ', most: int = 20) -> str:
+  """The first `most` of `items`, and how many more there are."""
+  more = len(items) - most
+  shown = separator.join(items[:most])
+  return f'{shown}; and {more} more' if more > 0 else shown
 
 
 def sha256(files: tuple[Path, ...]) -> str:

@@ -75,6 +75,10 @@ class DecoderConfig:
       raise ValueError(
         f'heads={self.heads} is not a multiple of kv_heads={self.kv_heads}.'
       )
+    if self.experts and self.experts.active > self.experts.count:
+      raise ValueError(
+        f'a token visits {self.experts.active} of {self.experts.count} experts.'
+      )
     if self.layout and len(self.layout) != self.layers:
       raise ValueError(
         f'layout names {len(self.layout)} layers, the model has {self.layers}.'

@@ -61,6 +61,11 @@ def sharded(mesh: Mesh, axis: str) -> Callable:
 def placed(place: NamedSharding | None) -> Callable:
   """How to compute where the kernels [L E O I] lie: spread over E or not."""
   axis = None if place is None else (*place.spec, None, None)[1]
+  if isinstance(axis, tuple):
+    raise ValueError(
+      f'experts are spread over {axis}, but one axis of the mesh is what can '
+      'be computed; change the rule of layers/mlp/experts.'
+    )
   return grouped if axis is None else sharded(place.mesh, axis)
 
 

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 from persona_jax.models import rope_fields
 from persona_jax.models.checkpoint import CheckpointError
 from persona_jax.models.config import DecoderConfig, Experts, Kind
-from persona_jax.models.fields import Fields
+from persona_jax.models.fields import FULL, SLIDING, Fields
 
 MOST = 1000  # layers, and experts of a layer
-SLIDING, FULL = 'sliding_attention', 'full_attention'
 _GEMMA = {
   'norm_after': True,
   'norm_offset': 1.0,
@@ -34,6 +33,7 @@ class Family(NamedTuple):
   same: Mapping[str, Any] = {}  # fields of every DecoderConfig of the family
   defaults: Mapping[str, Any] = {}  # of fields that a config.json may leave out
   slides: Callable = lambda fields, layers: [False] * layers
+  layered: bool = False  # config.json may name the kind of each layer
   ropes: Callable = rope_fields.same_everywhere
   more: Callable = lambda fields, config: {}
   less: Callable = lambda config: {}
@@ -149,6 +149,7 @@ def _numbers(fields, family) -> dict[str, Any]:
         f'num_attention_heads={heads}, and there is no head_dim; add it.'
       )
     head_dim = features // heads
+  fields.check('head_dim', head_dim % 2 == 0, f'{head_dim} is odd; pairs turn')
   names = {v: k for k, v in _ACTIVATIONS.items()}
   field = _activation_field(family)
   usual = 'silu' if field == 'hidden_act' else 'gelu_pytorch_tanh'
@@ -181,7 +182,13 @@ def _kinds(fields, family, layers, head_dim) -> dict[str, Any]:
       len(types) == layers and set(types) <= {SLIDING, FULL},
       f'it needs {layers} entries, each {SLIDING} or {FULL}',
     )
-    slides = [x == SLIDING for x in types]
+    listed = [x == SLIDING for x in types]
+    fields.check(
+      'layer_types',
+      listed == slides or (used and family.layered),
+      f'{family.architecture} does not choose its windows by it; drop it',
+    )
+    slides = listed
   if any(slides) and window is None:
     raise CheckpointError(
       'config.json: some layers slide, but sliding_window is null; give the '
@@ -360,6 +367,7 @@ FAMILIES = {
     same={'qkv_bias': True},
     defaults={'use_sliding_window': False},
     slides=_late_slide,
+    layered=True,
     more=_chunked,
     less=_windowed_out,
   ),
@@ -368,6 +376,7 @@ FAMILIES = {
     same={'qk_norm': 'head'},
     defaults={'head_dim': 128, 'use_sliding_window': False},
     slides=_late_slide,
+    layered=True,
     more=_chunked,
     less=_windowed_out,
   ),
@@ -391,6 +400,7 @@ FAMILIES = {
       'tie_word_embeddings': True,
     },
     slides=_all_but_every(2),
+    layered=True,
     more=_gemma,
     less=_gemma_out,
   ),
@@ -408,6 +418,7 @@ FAMILIES = {
       'tie_word_embeddings': True,
     },
     slides=_all_but_every(6),
+    layered=True,
     ropes=rope_fields.local_and_global,
     more=_gemma,
     less=_gemma_out,
@@ -434,6 +445,7 @@ FAMILIES = {
       'use_sliding_window': False,
     },
     slides=_without_rope_slide,
+    layered=True,
     ropes=rope_fields.some_turn,
     less=_smollm3_out,
   ),

@@ -9,8 +9,10 @@ from persona_jax.models.checkpoint import CheckpointError
 
 # Fields that change no number of a forward pass, whatever they hold.
 INERT = (
-  r'_.*|.*_token_id|.*dropout(_prob)?|.*_pdrop|.*version.*',
-  r'.*initializer.*|.*_init_.*',
+  r'_name_or_path|_commit_hash|_sliding_window_pattern',
+  r'_(attn|experts)_implementation(_internal|_autoset)?',
+  r'.*_token_id|.*dropout(_prob)?|.*_pdrop|[a-z]+_version',
+  r'initializer_(range|factor)',
   r'architectures|auto_map|model_type|(torch_)?dtype|torchscript|use_bfloat16',
   r'use_cache|cache_implementation|attn_implementation|return_dict.*',
   r'output_(attentions|hidden_states|past|scores|logits|router_logits)',
@@ -28,6 +30,7 @@ INERT = (
   r'use_flash_attention(_2)?',
 )
 _INERT = re.compile('|'.join(f'(?:{x})' for x in INERT))
+SLIDING, FULL = 'sliding_attention', 'full_attention'  # kinds of layers
 _NEEDED = object()
 
 

@@ -30,7 +30,7 @@ _ROPELESS_EVERY = {'smollm3': 4}
 _LOCAL_THETA = {'gemma3': 10_000.0}
 _WIDE_HEADS = {'gemma2': 46, 'gemma3': 62}  # 27B: scale by features / heads
 
-FREQUENCIES = 'rope_freqs.weight'  # Llama 3
+FACTORS = 'rope_freqs.weight'  # Llama 3
 SHORT, LONG = 'rope_factors_short.weight', 'rope_factors_long.weight'
 
 
@@ -172,8 +172,8 @@ def _rope(fields, kind, read, tensors, tensor) -> Rope:
       size: original,
     }
     return _named(theta, 'longrope', numbers, fraction)
-  if FREQUENCIES in tensors:
-    return _llama3(theta, _floats(tensor(FREQUENCIES)), longest, fraction)
+  if FACTORS in tensors:
+    return _llama3(theta, _floats(tensor(FACTORS)), longest, fraction)
   if scaling == 'yarn':
     numbers = {'factor': factor, size: original} | _yarn(fields)
     return _named(theta, 'yarn', numbers, fraction)

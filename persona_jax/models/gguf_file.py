@@ -15,8 +15,8 @@ from persona_jax.models import (
 )
 
 # What llama.cpp's converter does to weights, by general.architecture.
-PERMUTED = ('llama', 'granite', 'granitemoe', 'smollm3')  # rows of q and k
-SHIFTED = ('gemma', 'gemma2', 'gemma3')  # norms hold 1 + w
+PERMUTED = ('llama', 'granite', 'smollm3')  # rows of q and k
+SHIFTED = ('gemma2', 'gemma3')  # norms hold 1 + w
 
 KINDS = (
   *('F32', 'F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1'),

@@ -168,27 +168,28 @@ def entries(variables: Mapping[str, PyTree]) -> dict[str, tuple]:
 def check(variables: Mapping[str, PyTree]):
   """Raises one CheckpointError if the adapter does not fit the parameters."""
   problems = []
-  found = entries(variables)
-  params = trees.flatten(variables['params']) if found else {}
-  for name, entry in found.items():
+  for name, entry in entries(variables).items():
+    kernel = _kernel(variables['params'], name)
     if any(array is None for array in entry):
       problems.append(f'{name} needs a, b and scale')
-    elif f'{name}/kernel' not in params:
+    elif kernel is None:
       problems.append(f'the model has no {name}/kernel')
     else:
-      problems += _misfit(name, params[f'{name}/kernel'].shape, *entry)
+      problems += _misfit(name, kernel.shape, *entry)
   if problems:
     raise checkpoint.CheckpointError(
-      f'the adapter belongs to another model: {listed(problems)}. Adapt the '
-      'model that it was made for, with layers stacked alike.'
+      'the adapter belongs to another model: '
+      f'{checkpoint.listed(problems)}. Adapt the model that it was '
+      'made for, with layers stacked alike.'
     )
 
 
-def listed(problems: list[str], most: int = 20) -> str:
-  """The problems in one line; beyond `most`, their number."""
-  more = len(problems) - most
-  rest = [f'and {more} more'] if more > 0 else []
-  return '; '.join([*problems[:most], *rest])
+def _kernel(params, name):
+  """The kernel called `name`, or None: no other leaf is looked at."""
+  try:
+    return names.leaf(params, f'{name}/kernel')
+  except (KeyError, TypeError):
+    return None
 
 
 def _misfit(name, kernel, a, b, scale):
@@ -226,4 +227,6 @@ def _folded(kernel, a, b, scale):
 
 def _place(kernel):
   """Where a result should lie: with `kernel`, if that was put anywhere."""
-  return kernel.sharding if getattr(kernel, 'committed', False) else None
+  if isinstance(kernel, jax.core.Tracer) or not isinstance(kernel, jax.Array):
+    return None
+  return kernel.sharding if kernel.committed else None

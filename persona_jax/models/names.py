@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from persona_jax import trees
-from persona_jax.models.checkpoint import CheckpointError
+from persona_jax.models.checkpoint import CheckpointError, listed
 from persona_jax.models.config import DecoderConfig
 
 Shape = tuple[int, ...]
@@ -217,7 +217,7 @@ def check(
   if problems:
     raise CheckpointError(
       f'{where} does not fit its configuration; {len(problems)} problem(s): '
-      f'{_listed(problems)}. Add rows to models.names or fix the file.'
+      f'{listed(problems)}. Add rows to models.names or fix the file.'
     )
 
 
@@ -281,8 +281,3 @@ def leaf(tree: Mapping[str, Any], name: str) -> Any:
   for part in name.split('/'):
     tree = tree[part]
   return tree
-
-
-def _listed(problems, most=40) -> str:
-  more = len(problems) - most
-  return '; '.join(problems[:most]) + (f'; and {more} more' if more > 0 else '')

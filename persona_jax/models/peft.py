@@ -5,6 +5,7 @@ refused by name, fields of the future with it.
 """
 
 import collections
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -37,11 +38,53 @@ def check(config: Config, where: str):
     for k in config
     if (config[k] not in ONLY[k] if k in ONLY else config[k] and k not in KNOWN)
   ]
+  problems = problems or list(_unreadable(config))
   if problems:
     raise CheckpointError(
       f'{where}: {"; ".join(problems)}. Merge the adapter into its model with '
       'PEFT, or train a plain LoRA.'
     )
+
+
+def _unreadable(config: Config):
+  """What is wrong with the values that are read."""
+  if not _is_rank(config['r']):
+    yield f'r={config["r"]!r} is not a whole number from 1 on'
+  if not _is_number(config['lora_alpha']):
+    yield f'lora_alpha={config["lora_alpha"]!r} is not a number'
+  yield from _bad_patterns(config, 'rank_pattern', _is_rank)
+  yield from _bad_patterns(config, 'alpha_pattern', _is_number)
+  targets = config['target_modules']
+  texts = [targets] if isinstance(targets, str) else targets
+  if not isinstance(texts, list) or not all(type(x) is str for x in texts):
+    yield f'target_modules={targets!r} is neither a text nor a list of texts'
+  elif isinstance(targets, str) and not _finds(targets):
+    yield f'target_modules={targets!r} is no pattern'
+
+
+def _bad_patterns(config: Config, name: str, right):
+  patterns = config.get(name) or {}
+  if not isinstance(patterns, Mapping):
+    yield f'{name}={patterns!r} is no record'
+    return
+  for pattern, value in patterns.items():
+    if not (_finds(pattern) and right(value)):
+      yield f'{name} has {pattern!r}: {value!r}, which cannot be read'
+
+
+def _is_rank(value) -> bool:
+  return type(value) is int and 0 < value < 2**16
+
+
+def _is_number(value) -> bool:
+  return type(value) in (int, float) and math.isfinite(value)
+
+
+def _finds(pattern: str) -> bool:
+  try:
+    return bool(re.compile(pattern))
+  except re.error:
+    return False
 
 
 def base(config: Config) -> str:
@@ -95,12 +138,14 @@ def record(
     modules: all that the model has.
     name: of the model.
   """
+  name, _, revision = name.removeprefix('hf:').partition('@')
   r, rank_pattern = _common(ranks)
   alpha, alpha_pattern = _common(alphas)
   return {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
     'base_model_name_or_path': name,
+    'revision': revision or None,
     'r': r,
     'lora_alpha': alpha,
     'rank_pattern': rank_pattern,

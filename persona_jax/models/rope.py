@@ -19,7 +19,7 @@ class Table(NamedTuple):
 
 def table(rope: Rope, head_dim: int) -> Table:
   """The frequencies of `rope`, for R = fraction x head_dim features."""
-  rotary = int(head_dim * rope.fraction)
+  rotary = int(head_dim * rope.fraction + 1e-6)  # a share, as a float
   half = np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary)
   plain = np.float32(1) / np.float32(rope.theta) ** half
   return FREQUENCIES[rope.kind](plain, rope, **dict(rope.scaling))

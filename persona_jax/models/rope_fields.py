@@ -11,11 +11,10 @@ from typing import Any
 from persona_jax.models import rope
 from persona_jax.models.checkpoint import CheckpointError
 from persona_jax.models.config import DecoderConfig, Rope
-from persona_jax.models.fields import Fields
+from persona_jax.models.fields import FULL, SLIDING, Fields
 
 _ALIASES = {'su': 'longrope'}  # early Phi-3
 _NOTES = ('finetuned',)  # fields of a record that say nothing to us
-SLIDING, FULL = 'sliding_attention', 'full_attention'
 
 
 def same_everywhere(
@@ -37,6 +36,11 @@ def some_turn(fields, slides, head_dim) -> list[Rope | None]:
   """One rope, and layers without any (SmolLM3)."""
   ropes = same_everywhere(fields, slides, head_dim, 2_000_000.0)
   turns = turning(fields, len(slides))
+  fields.check(
+    'partial_rotary_factor',
+    ropes[0].fraction == 1 or all(turns),
+    'layers without a rope need whole heads to turn in the others',
+  )
   return [x if turn else None for x, turn in zip(ropes, turns, strict=True)]
 
 
@@ -126,10 +130,16 @@ def _rope(fields: Fields, record, head_dim) -> Rope:
     )
   fraction = inner.number('partial_rotary_factor', None)
   fraction = fraction or fields.number('partial_rotary_factor', 1.0)
+  rotary = int(head_dim * fraction + 1e-6)
+  fields.check(
+    'partial_rotary_factor',
+    fraction <= 1 and rotary >= 2 and rotary % 2 == 0,
+    f'{rotary} of {head_dim} features is no even number of them',
+  )
   inner.ignore('type', 'rope_type')
   fields.ignore('partial_rotary_factor')
   theta = inner.number('rope_theta')
-  numbers = _numbers(fields, inner, kind, int(head_dim * fraction) // 2)
+  numbers = _numbers(fields, inner, kind, rotary // 2)
   inner.all_known()
   scaling = tuple(sorted((k, v) for k, v in numbers.items() if v is not None))
   return Rope(float(theta), kind, scaling, float(fraction))

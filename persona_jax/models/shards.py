@@ -18,13 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from persona_jax.models import names
-from persona_jax.models.checkpoint import CheckpointError
+from persona_jax.models.checkpoint import CheckpointError, listed
 
 WEIGHTS = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 SHARD_BYTES = 5 * 10**9  # as Hugging Face
 DTYPES = dict(float32='F32', float16='F16', bfloat16='BF16', float64='F64')
-_LISTED = 10  # problems of an error; the rest is counted
 
 Shape = names.Shape
 Tensor = names.Tensor
@@ -53,7 +52,7 @@ def places(folder: Path) -> dict[str, Place]:
     if missing := [file.name for file in files if not file.exists()]:
       raise CheckpointError(
         f'{folder} lacks {len(missing)} of the {len(files)} shards that '
-        f'{INDEX} names: {some(missing)}. Fetch them again.'
+        f'{INDEX} names: {listed(missing, ", ")}. Fetch them again.'
       )
     found = _headers(files)
   _check_map(folder, mapped, found)
@@ -124,11 +123,11 @@ def missing(where, name: str, present: Iterable[str]) -> CheckpointError:
     ggufs, pickles = [], []  # then something else is wrong
   if ggufs:
     ggufs = [f'{where}/{file}' for file in ggufs]
-    out = f'of its GGUF files give one: {some(ggufs)}.'
+    out = f'of its GGUF files give one: {listed(ggufs, ", ")}.'
   elif pickles and name == WEIGHTS:
     out = (
-      f'{some(pickles)} would run code when read, so pickles are never read: '
-      'convert once, where you trust them, with transformers: '
+      f'{listed(pickles, ", ")} would run code when read, so pickles are never '
+      'read: convert once, where you trust them, with transformers: '
       'AutoModelForCausalLM.from_pretrained(...).save_pretrained(...).'
     )
   elif name == 'tokenizer.json' and 'tokenizer.model' in present:
@@ -142,13 +141,6 @@ def missing(where, name: str, present: Iterable[str]) -> CheckpointError:
       'safetensors weights.'
     )
   return CheckpointError(f'{where} has no {name}; {out}')
-
-
-def some(items: Sequence[str], separator: str = ', ') -> str:
-  """The first few of `items`, and how many more there are."""
-  more = len(items) - _LISTED
-  shown = separator.join(items[:_LISTED])
-  return f'{shown} and {more} more' if more > 0 else shown
 
 
 def _headers(files: Iterable[Path]) -> dict[str, list[Place]]:
@@ -177,7 +169,7 @@ def _check_map(folder, mapped, found):
   if problems:
     raise CheckpointError(
       f'{folder / INDEX} does not fit its shards; {len(problems)} problem(s): '
-      f'{some(problems, "; ")}. Fetch the folder again.'
+      f'{listed(problems)}. Fetch the folder again.'
     )
 
 
@@ -190,7 +182,7 @@ def _check_types(folder, found):
   if wrong:
     raise CheckpointError(
       f'{folder} holds {len(wrong)} tensor(s) that are no plain numbers: '
-      f'{some(wrong, "; ")}. Only {", ".join(DTYPES.values())} are read: '
+      f'{listed(wrong)}. Only {", ".join(DTYPES.values())} are read: '
       'quantised weights would need their scales; use the original '
       'checkpoint or a GGUF.'
     )

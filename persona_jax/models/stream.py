@@ -14,7 +14,7 @@ import numpy as np
 
 from persona_jax import trees
 from persona_jax.models import names
-from persona_jax.models.checkpoint import Checkpoint, CheckpointError
+from persona_jax.models.checkpoint import Checkpoint, CheckpointError, listed
 
 BLOCK = 8 * 2**20  # bytes read at a time, as float32
 
@@ -57,7 +57,7 @@ def parameters(opened: Checkpoint, dtype: Any, places=None) -> dict[str, Any]:
   if bad:
     raise CheckpointError(
       f'{opened.where}: {len(bad)} tensor(s) hold NaN or infinity: '
-      f'{", ".join(bad[:20])}. Fetch the weights again.'
+      f'{listed(bad, ", ")}. Fetch the weights again.'
     )
   return names.nested(leaves)
 
