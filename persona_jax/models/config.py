@@ -52,7 +52,7 @@ class DecoderConfig:
   hidden: int  # width of the gated MLP, or of an expert
   kinds: tuple[Kind, ...]
   layout: tuple[int, ...] = ()  # the kind of each layer; (): all the first
-  family: str = 'llama'  # a row of models.families.FAMILIES
+  family: str = 'llama'  # a row of models.family.FAMILIES
   norm_eps: float = 1e-6
   max_positions: int = 8192
   tied: bool = True  # unembed with the embedding
