@@ -142,8 +142,8 @@ def joined(weights: PyTree, scales: PyTree) -> PyTree:
 def merge(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
   """W + scale B A in place of W, and no adapter: the same model, plain.
 
-  Summed in float32, one layer after the other, then cast to the dtype of W;
-  what lies on a mesh stays where it lies.
+  Summed in float32, one layer after the other, then cast to the dtype of W: in
+  bfloat16 a small adapter rounds away. What lies on a mesh stays where it lies.
   """
   check(variables)
   found, params = entries(variables), trees.flatten(variables['params'])
