@@ -27,6 +27,7 @@ from persona_jax.models import (
   lora,
   names,
   source,
+  vocabulary,
 )
 
 DTYPES = ('bfloat16', 'float16', 'float32')
@@ -153,6 +154,7 @@ def describe(place: str, needs=None) -> dict[str, Any]:
   opened = (folder if path.is_dir() else gguf_file).read(path)
   config = opened.config
   names.check(opened.shapes, config, opened.names, opened.where)
+  vocabulary.fitting(opened.tokenizer, config.vocab, opened.where)
   spell = opened.tokenizer.id_to_token
   return {
     'source': place,

@@ -22,8 +22,6 @@ from persona_jax.models import (
 )
 from persona_jax.models import source as source_lib
 
-CheckpointError = checkpoint_lib.CheckpointError
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LanguageModel:
@@ -79,7 +77,7 @@ def load(
     folder.read(path, inert=inert) if path.is_dir() else gguf_file.read(path)
   )
   config = _for_context(opened.config, context)
-  tokenizer = _fitting(opened)
+  tokenizer = vocabulary.fitting(opened.tokenizer, config.vocab, opened.where)
   shardings = stream.shardings(config, dtype, mesh, rules)
   place = None
   if shardings is not None and config.experts is not None:
@@ -121,24 +119,6 @@ def _for_context(config, context) -> config_lib.DecoderConfig:
       'that the model knows; ask for less.'
     )
   return dataclasses.replace(config, kinds=tuple(map(chosen, config.kinds)))
-
-
-def _fitting(opened) -> Any:
-  """The tokenizer, when every token has a row of the embedding.
-
-  Spare rows are padding. A control token without a row (Gemma 3's image token
-  in models that do not see) is plain text.
-  """
-  rows, tokenizer = opened.config.vocab, opened.tokenizer
-  added = tokenizer.get_added_tokens_decoder()
-  beyond = {i for i, token in added.items() if i >= rows and token.special}
-  size = max(set(tokenizer.get_vocab().values()) - beyond, default=-1) + 1
-  if size > rows:
-    raise CheckpointError(
-      f'{opened.where}: the tokenizer has {size} tokens, the embedding '
-      f'{rows} rows; they are not of one model. Fetch both again.'
-    )
-  return vocabulary.without(tokenizer, beyond) if beyond else tokenizer
 
 
 def _name(source, path: Path) -> str:

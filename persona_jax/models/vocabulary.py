@@ -1,7 +1,6 @@
 """Tokenizers: from a tokenizer.json, or rebuilt from a GGUF's metadata."""
 
 import json
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,15 +75,32 @@ def from_file(path: str | Path):
     ) from error
 
 
-def without(tokenizer, ids: Collection[int]):
-  """The tokenizer without some of its added tokens, which become text."""
+def fitting(tokenizer, rows: int, where: str):
+  """The tokenizer, when every token has one of the embedding's rows.
+
+  Spare rows are padding. A control token without a row (Gemma 3's image token
+  in models that do not see) becomes plain text.
+
+  Raises:
+    CheckpointError: it has more tokens than the embedding rows.
+  """
   import tokenizers
 
+  added = tokenizer.get_added_tokens_decoder()
+  beyond = {i for i, token in added.items() if i >= rows and token.special}
+  size = max(set(tokenizer.get_vocab().values()) - beyond, default=-1) + 1
+  if size > rows:
+    raise checkpoint.CheckpointError(
+      f'{where}: the tokenizer has {size} tokens, the embedding {rows} rows; '
+      'they are not of one model. Fetch both again.'
+    )
+  if not beyond:
+    return tokenizer
   record = json.loads(tokenizer.to_str())
-  record['added_tokens'] = [
-    token for token in record['added_tokens'] if token['id'] not in ids
-  ]
-  return tokenizers.Tokenizer.from_str(json.dumps(record))
+  kept = [x for x in record['added_tokens'] if x['id'] not in beyond]
+  return tokenizers.Tokenizer.from_str(
+    json.dumps(record | {'added_tokens': kept})
+  )
 
 
 def from_gguf(metadata: dict[str, Any]):
