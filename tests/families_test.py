@@ -192,6 +192,15 @@ REFUSED = {
   'factor is missing from config.json, rope_parameters': {
     'rope_parameters': {'rope_type': 'linear', 'rope_theta': 500.0}
   },
+  'factor is missing from config.json, rope_parameters; add': {
+    'rope_parameters': {
+      'rope_type': 'llama3',
+      'rope_theta': 500.0,
+      'low_freq_factor': 1.0,
+      'high_freq_factor': 4.0,
+      'original_max_position_embeddings': 32,
+    }
+  },
   'rope_theta is 100.0 and 500.0; .* must agree': {'rope_theta': 100},
   "rope_type is 'linear' and 'default'; .* must agree": {
     'rope_scaling': {'rope_type': 'linear', 'factor': 2.0}

@@ -88,3 +88,8 @@ class DecoderConfig:
   def kind_of(self) -> tuple[int, ...]:
     """The kind of each layer, as an index into `kinds`."""
     return self.layout or (0,) * self.layers
+
+  @property
+  def slides(self) -> tuple[bool, ...]:
+    """Whether each layer has a window."""
+    return tuple(self.kinds[k].window is not None for k in self.kind_of)

@@ -55,7 +55,6 @@ def text_part(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
   """A config.json for `config`: the inverse of `from_hf`."""
   family = FAMILIES[config.family]
-  sliding = [config.kinds[k].window is not None for k in config.kind_of]
   activation = _ACTIVATIONS[config.activation]
   return {
     'model_type': config.family,
@@ -74,7 +73,7 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     'bos_token_id': None,  # or transformers takes its class's own
     'eos_token_id': None,
     'pad_token_id': None,
-    **rope_fields.written(config, sliding),
+    **rope_fields.written(config),
     **family.less(config),
   }
 

@@ -158,8 +158,7 @@ def _window_out(config):
 
 def _windowed_out(config):
   """Layer by layer, with the switch that the Qwens have."""
-  sliding = [config.kinds[k].window is not None for k in config.kind_of]
-  types = [SLIDING if x else FULL for x in sliding]
+  types = [SLIDING if slides else FULL for slides in config.slides]
   return _window_out(config) | {'layer_types': types} | _switch_out(config)
 
 

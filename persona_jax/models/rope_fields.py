@@ -73,7 +73,7 @@ def turning(fields, layers: int) -> list[bool]:
   return [bool(x) for x in flags]
 
 
-def written(config: DecoderConfig, sliding: list[bool]) -> dict[str, Any]:
+def written(config: DecoderConfig) -> dict[str, Any]:
   """The fields of all versions of transformers."""
   ropes = [config.kinds[k].rope for k in config.kind_of]
   turning = [x for x in ropes if x is not None]
@@ -87,7 +87,7 @@ def written(config: DecoderConfig, sliding: list[bool]) -> dict[str, Any]:
       old['partial_rotary_factor'] = turning[0].fraction
     return old | _scaling(turning[0])
   pick = lambda which: next(
-    (x for x, s in zip(ropes, sliding, strict=True) if s == which), None
+    (x for x, s in zip(ropes, config.slides, strict=True) if s == which), None
   )
   local, whole = pick(True) or pick(False), pick(False) or pick(True)
   return {
@@ -154,7 +154,7 @@ def _numbers(fields, inner, kind, pairs) -> dict[str, Any]:
   for name in names:
     if name == 'truncate':
       found[name] = inner.flag(name, None)
-    elif name.endswith('_factor') and name in ('short_factor', 'long_factor'):
+    elif name in ('short_factor', 'long_factor'):
       found[name] = _factors(inner, name, pairs)
     else:
       found[name] = inner.number(name, None)
@@ -162,7 +162,7 @@ def _numbers(fields, inner, kind, pairs) -> dict[str, Any]:
     outer = fields.count(original, None)
     longest = fields.count('max_position_embeddings')
     found[original] = int(outer or found[original] or longest)
-    if found.get('factor') is None:
+    if found['factor'] is None and kind != 'llama3':
       found['factor'] = longest / found[original]
   for name in names:
     needed = parameters[name].default is inspect.Parameter.empty
