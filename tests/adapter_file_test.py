@@ -42,14 +42,6 @@ def saved(tmp_path):
   return tmp_path / 'saved'
 
 
-def same(left, right):
-  left, right = trees.flatten(left), trees.flatten(right)
-  assert left.keys() == right.keys()
-  for name, leaf in left.items():
-    assert leaf.dtype == right[name].dtype, name
-    np.testing.assert_array_equal(leaf, right[name], err_msg=name)
-
-
 def config_of(folder, **changes):
   file = folder / adapter_file.CONFIG
   config = json.loads(file.read_text()) | changes
@@ -88,7 +80,7 @@ def test_logits_are_those_of_peft(tmp_path, row):
   where = jnp.arange(tokens.shape[1])[None]
   np.testing.assert_allclose(logits(variables), row['logits'], atol=2e-5)
   adapter_file.save(loaded, model(config), tmp_path / 'again')
-  same(adapter_file.load(tmp_path / 'again', model(config)), loaded)
+  fakes.same(adapter_file.load(tmp_path / 'again', model(config)), loaded)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -99,7 +91,7 @@ def test_export_and_import_are_exact(tmp_path, dtype):
     ('apart', trees.unstack_layers({'lora': made})['lora']),
   ):
     adapter_file.save(tree, model(), tmp_path / name)
-    same(adapter_file.load(tmp_path / name, model(), dtype=dtype), made)
+    fakes.same(adapter_file.load(tmp_path / name, model(), dtype=dtype), made)
 
 
 def test_the_layout_is_that_of_peft(saved):

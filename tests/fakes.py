@@ -106,6 +106,15 @@ def opened(config, where='tiny'):
   )
 
 
+def same(left, right):
+  """Asserts that two trees have the same names, dtypes and numbers."""
+  left, right = trees.flatten(left), trees.flatten(right)
+  assert left.keys() == right.keys()
+  for name, leaf in left.items():
+    assert leaf.dtype == right[name].dtype, name
+    np.testing.assert_array_equal(leaf, right[name], err_msg=name)
+
+
 def text(batch=3, length=12, vocab=300, seed=0):
   """Random tokens and their positions, without padding."""
   tokens = np.random.default_rng(seed).integers(0, vocab, (batch, length))

@@ -13,6 +13,7 @@ import sys
 import types
 import weakref
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,14 +40,6 @@ SETTINGS = {
   'max_position_embeddings': 64,
 }
 TEMPLATE = "{% for m in messages %}\r\n  {{ m['content'] }} é\n\n{% endfor %}\n"
-
-
-def same(left, right):
-  left, right = trees.flatten(left), trees.flatten(right)
-  assert left.keys() == right.keys()
-  for name, leaf in left.items():
-    assert leaf.dtype == right[name].dtype
-    np.testing.assert_array_equal(leaf, right[name], err_msg=name)
 
 
 def speaker(dtype=jnp.float32, **settings):
@@ -104,7 +97,7 @@ def test_exports_come_back_bit_for_bit(tmp_path, dtype, shard_bytes):
   model = speaker(dtype, tie_word_embeddings=True)
   folder.write(model, tmp_path / 'new', shard_bytes=shard_bytes)
   again = models.load(tmp_path / 'new', dtype=dtype)
-  same(again.variables, model.variables)
+  fakes.same(again.variables, model.variables)
   assert again.config == model.config
   assert again.template == model.template
   assert again.special == model.special
@@ -139,7 +132,7 @@ def test_shards_are_full_and_indexed(parts, whole):
     found |= tensors
   assert found.keys() == index['weight_map'].keys()
   assert index['metadata']['total_size'] == total
-  same(found, safetensors_numpy.load_file(whole / WEIGHTS))
+  fakes.same(found, safetensors_numpy.load_file(whole / WEIGHTS))
 
 
 def test_a_tensor_larger_than_a_shard_is_alone_in_its_own():
@@ -160,7 +153,7 @@ def test_one_tensor_is_held_at_a_time(tmp_path):
   rows = [shards.Tensor(n, (2, 3), np.float32, fetch) for n in 'abc']
   shards.write(tmp_path, rows, 10**9)
   assert len(fetched) == 3
-  same(
+  fakes.same(
     safetensors_numpy.load_file(tmp_path / WEIGHTS),
     {n: np.ones((2, 3), np.float32) for n in 'abc'},
   )
@@ -173,7 +166,7 @@ def test_views_are_written_in_order(tmp_path, view):
   want = view(np.arange(6, dtype=np.float32))
   row = shards.Tensor('a', want.shape, want.dtype, lambda: want)
   shards.write(tmp_path, [row], 10**9)
-  same(safetensors_numpy.load_file(tmp_path / WEIGHTS), {'a': want})
+  fakes.same(safetensors_numpy.load_file(tmp_path / WEIGHTS), {'a': want})
 
 
 def test_unstacked_layers_are_exported_alike(model, whole, tmp_path):
@@ -200,7 +193,7 @@ def test_hundreds_of_shards_need_few_descriptors(tmp_path):
     loaded = models.load(tmp_path / 'many')
   finally:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-  same(loaded.variables, model.variables)
+  fakes.same(loaded.variables, model.variables)
 
 
 @pytest.mark.parametrize('name', ['whole', 'parts'])
@@ -238,7 +231,7 @@ def test_sharded_parameters_are_exported_alike(model, whole, tmp_path, shape):
   assert not up.sharding.is_fully_replicated
   folder.write(loaded, tmp_path / 'again', shard_bytes=10_000)
   again = models.load(tmp_path / 'again', **settings)
-  same(again.variables, model.variables)
+  fakes.same(again.variables, model.variables)
 
 
 TWO = """
@@ -517,4 +510,4 @@ def test_of_a_model_that_also_sees_the_text_is_read(tmp_path):
   (path / 'config.json').write_text(json.dumps(whole))
   loaded = models.load(path)
   assert loaded.config == model.config
-  same(loaded.variables, model.variables)
+  fakes.same(loaded.variables, model.variables)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ import tokenizers
 from jax.sharding import Mesh, PartitionSpec
 from safetensors import numpy as safetensors_numpy
 
-from persona_jax import models, taps, trees
+from persona_jax import models, taps
 from persona_jax.models import decoder, source
 from persona_jax.models.config import Kind, Rope
 
@@ -23,14 +24,6 @@ WEIGHTS = 'model.safetensors'
 
 def golden(name):
   return json.loads((GOLDEN / f'{name}.json').read_text())
-
-
-def same(left, right):
-  left, right = trees.flatten(left), trees.flatten(right)
-  assert left.keys() == right.keys()
-  for name, leaf in left.items():
-    assert leaf.dtype == right[name].dtype
-    np.testing.assert_array_equal(leaf, right[name], err_msg=name)
 
 
 def run(model, ids):
@@ -158,7 +151,7 @@ def test_export_and_import_are_exact(config, key, tmp_path, kind, dtype, tied):
   model = speaker(config, variables)
   models.save(model, tmp_path / 'new')
   again = models.load(tmp_path / 'new', dtype=dtype)
-  same(again.variables, variables)
+  fakes.same(again.variables, variables)
   assert again.config == config
   assert again.template == model.template
   assert again.special == model.special
@@ -169,7 +162,7 @@ def test_export_and_import_are_exact(config, key, tmp_path, kind, dtype, tied):
 def test_real_model_survives_export(smollm, tmp_path):
   models.save(smollm, tmp_path / 'smollm')
   again = models.load(tmp_path / 'smollm')
-  same(again.variables, smollm.variables)
+  fakes.same(again.variables, smollm.variables)
   assert again.config == smollm.config
   assert again.stop_ids == smollm.stop_ids
 
@@ -182,7 +175,7 @@ def test_weights_arrive_on_the_mesh(folder, model):
     (r'', PartitionSpec()),
   )
   loaded = models.load(folder, mesh=mesh, rules=rules)
-  same(loaded.variables, model.variables)
+  fakes.same(loaded.variables, model.variables)
   up = loaded.variables['params']['layers']['mlp']['up']['kernel']
   assert up.sharding.spec == PartitionSpec(None, 'model')
   assert up.addressable_shards[0].data.shape == (2, 24 // ways, 16)
