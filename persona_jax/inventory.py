@@ -263,7 +263,9 @@ def _cache_bytes(config, mesh, batch, tokens, dtype) -> int:
   """Rows lie over data and fsdp, heads over tensor where they divide."""
 
   def slots():
-    made = cache.empty(config, batch, tokens, dtype=jnp.dtype(dtype))
+    made = cache.empty(
+      config, batch, tokens, dtype=jnp.dtype(dtype), blocked=False
+    )
     return made.keys, made.values
 
   leaves = jax.tree.leaves(jax.eval_shape(slots))

@@ -156,7 +156,7 @@ def test_cache_lies_over_rows_and_over_heads_where_they_divide():
   needs = lambda **mesh: inventory.memory(
     config(), mesh=ONE | mesh, **DEFAULTS | {'batch': 8}
   )['cache']
-  empty = cache.empty(config(), 8, 32, dtype=jnp.bfloat16)
+  empty = cache.empty(config(), 8, 32, dtype=jnp.bfloat16, blocked=False)
   whole = sum(x.nbytes for x in jax.tree.leaves((empty.keys, empty.values)))
   assert needs() == whole
   assert needs(data=2, fsdp=4) == whole // 8

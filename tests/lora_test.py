@@ -16,7 +16,7 @@ from persona_jax.learn import losses, step
 from persona_jax.models import cache, decoder, lora, names
 
 CONFIG = fakes.CONFIG
-TOKENS, POSITIONS = fakes.text()
+TOKENS, POSITIONS = fakes.text(length=11)
 APPLY, UNEMBED = decoder.functions(CONFIG)
 ADAPTED = lora.adapted(APPLY)
 quickly = functools.partial(  # most of the time goes into compiling

@@ -19,19 +19,20 @@ def mask(
 
   With a window it sees the last `window` positions, its own included.
   """
-  slots = positions if cache is None else cache.positions
-  start = 0 if cache is None else cache.end - positions.shape[1]
-  query = start + jnp.arange(positions.shape[1])
-  causal = jnp.arange(slots.shape[1])[None] <= query[:, None]
-  mask = causal[None] & (slots >= 0)[:, None]
+  if cache is None:
+    slots = positions[:, None]
+    mask = jnp.tri(positions.shape[1], dtype=bool)[None] & (slots >= 0)
+  else:
+    slots = jnp.arange(cache.size)[None, None]
+    mask = slots <= positions[:, :, None]
   if window is not None:
-    mask &= positions[:, :, None] - slots[:, None] < window
+    mask &= positions[:, :, None] - slots < window
   return mask
 
 
 def weights(
   queries: Float[Array, 'B T H E'],
-  keys: Float[Array, 'B K S E'],
+  keys: Float[Array, 'B K *R'],
   mask: Bool[Array, 'B T S'],
   *,
   scale: float,
@@ -39,19 +40,17 @@ def weights(
 ) -> Float[Array, 'B K G T S']:
   """Softmax in float32; a row that sees nothing attends evenly.
 
-  The G queries of a key head and the T tokens are one axis of the product:
-  XLA's CPU backend is five times slower when they are two.
+  Keys are `[B K S E]`, or blocked (`models.cache`). The G queries of a key
+  head and the T tokens are one axis of the product: XLA's CPU backend is five
+  times slower when they are two.
   """
   batch, length, heads, size = queries.shape
-  kv_heads, slots = keys.shape[1:3]
+  kv_heads = keys.shape[1]
   grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, size)
   grouped = jnp.transpose(grouped, (0, 2, 3, 1, 4)) * scale
-  scores = jnp.einsum(
-    'bkne,bkse->bkns',
-    grouped.reshape(batch, kv_heads, -1, size),
-    keys.astype(queries.dtype),
-    preferred_element_type=jnp.float32,
-  ).reshape(batch, kv_heads, -1, length, slots)
+  scores = _products(
+    grouped.reshape(batch, kv_heads, -1, size), keys.astype(queries.dtype)
+  ).reshape(batch, kv_heads, -1, length, mask.shape[2])
   scores = jnp.where(mask[:, None, None], softcap(scores, cap), _NEVER)
   return jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
 
@@ -67,14 +66,25 @@ def mix(
   return jnp.transpose(mixed, (0, 3, 1, 2, 4)).reshape(batch, length, -1)
 
 
-def write(
-  memory: Float[Array, 'B H S E'], new: Float[Array, 'B H T E'], start
-) -> Float[Array, 'B H S E']:
-  """`memory` with `new` in its slots from `start` on."""
-  zero = jnp.zeros((), start.dtype)
-  return jax.lax.dynamic_update_slice(
-    memory, new.astype(memory.dtype), (zero, zero, start, zero)
+def _products(queries, keys):
+  """`[B K N S]` in float32."""
+  if keys.ndim == 4:
+    return jnp.einsum(
+      'bkne,bkse->bkns', queries, keys, preferred_element_type=jnp.float32
+    )
+  batch, heads, blocks, size, slots = keys.shape
+  count = queries.shape[2]
+  # A product a block: with one product for all, it is five times slower.
+  shape = (batch, heads, blocks, count, size)
+  queries = jax.lax.optimization_barrier(queries)
+  scores = jnp.einsum(
+    'bkjne,bkjes->bkjns',
+    jnp.broadcast_to(queries[:, :, None], shape),
+    keys,
+    preferred_element_type=jnp.float32,
   )
+  scores = jnp.swapaxes(scores, 2, 3)
+  return scores.reshape(batch, heads, count, blocks * slots)
 
 
 _NEVER = -1e30  # finite, so that a row of padding stays finite

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -35,7 +36,7 @@ def angles(
   frequencies, factor = table(rope, head_dim)
   where = jnp.maximum(positions, 0).astype(jnp.float32)
   angle = jnp.einsum('bt,r->btr', where, jnp.tile(frequencies, 2))
-  return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+  return _once(jnp.cos(angle) * factor), _once(jnp.sin(angle) * factor)
 
 
 def rotate(x: Float[Array, 'B T H E'], cos, sin) -> Float[Array, 'B T H E']:
@@ -58,6 +59,17 @@ def limit(rope: Rope | None) -> int | None:
   if rope is None or rope.kind != 'longrope' or rope.long:
     return None
   return dict(rope.scaling)['original_max_position_embeddings']
+
+
+def _once(x):
+  """`x`, times one: XLA's CPU backend would compute it again in each layer.
+
+  A product is never fused into what reads it. Decoding is a tenth faster.
+  """
+  if jax.default_backend() != 'cpu':
+    return x
+  one = jnp.eye(x.shape[-1], dtype=x.dtype)
+  return jnp.einsum('btr,rs->bts', x, one, precision='highest')
 
 
 def _default(plain, rope):
