@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from persona_jax.shapes import Array, Bool, Float, Int
+from persona_jax.shapes import Array, Bool, Float, Int, PyTree
 
 _frozen = dataclasses.dataclass(frozen=True)
 
@@ -23,10 +23,21 @@ PARTNER, POLICY = range(2)  # values of `Dialogue.who`
 
 
 @_record
+class Played:
+  """What the environment made of B dialogues."""
+
+  reward: Float[Array, 'B N']
+  terminated: Bool[Array, ' B']  # came to its end
+  truncated: Bool[Array, ' B']  # was cut short
+  state: PyTree  # of the environment, at the end
+
+
+@_record
 class Dialogue:
   """B conversations side by side; `who[n]` spoke line n of each.
 
-  The speakers alternate, and PARTNER opens.
+  The speakers take turns, and PARTNER opens. Lines that a dialogue did not
+  come to have no tokens.
   """
 
   tokens: Int[Array, 'B N T']
@@ -35,11 +46,12 @@ class Dialogue:
   logprobs: Float[Array, 'B N T']  # as sampled: after temperature and cuts
   raw_logprobs: Float[Array, 'B N T']  # of the untempered softmax
   who: Int[Array, ' N']
-  prompts: Int[Array, 'B 2 P']  # by speaker: all before the first line
-  prompt_length: Int[Array, 'B 2']
+  prompts: Int[Array, 'B K P']  # by seat: all before the first line
+  prompt_length: Int[Array, 'B K']
   scenario: Int[Array, ' B']  # ids, which name the random keys
   sample: Int[Array, ' B']
   live: Bool[Array, ' B']  # False for rows that only fill up a batch
+  played: Played | None = None
 
   @property
   def body(self) -> Int[Array, 'B N']:
@@ -68,6 +80,82 @@ class Frame:
 
   heard_to_own: Int[Array, ' C']  # ends the other's line, begins one's own
   own_to_heard: Int[Array, ' E']
+  heard_to_heard: Int[Array, ' H'] | None = None  # where a third voice speaks
+
+
+@_record
+class Pieces:
+  """Frames as rows of one size: between heard and own, own and heard, heard."""
+
+  tokens: Int[Array, '*K 3 F']
+  length: Int[Array, '*K 3']
+
+
+def pieces(*frames: Frame | None) -> Pieces:
+  """One frame a row; None, which nobody reads, is empty."""
+  none = jnp.zeros(0, jnp.int32)
+  rows = [
+    (none, none, none)
+    if frame is None
+    else (frame.heard_to_own, frame.own_to_heard, frame.heard_to_heard)
+    for frame in frames
+  ]
+  rows = [[none if x is None else x for x in row] for row in rows]
+  room = max(x.size for row in rows for x in row)
+  padded = [[jnp.pad(x, (0, room - x.size)) for x in row] for row in rows]
+  return Pieces(
+    tokens=jnp.stack([jnp.stack(row) for row in padded]),
+    length=jnp.array([[x.size for x in row] for row in rows], jnp.int32),
+  )
+
+
+@_record
+class Text:
+  """A dialogue as the one text that a speaker's model reads.
+
+  Token t of line n stands at slot `start[n] + t`; of a line that is still to
+  come, only the frame before it is there.
+  """
+
+  tokens: Int[Array, '*B S']
+  length: Int[Array, '*B']
+  start: Int[Array, '*B N']
+
+
+def text(
+  prompt: Int[Array, ' P'],
+  prompt_length: Int[Array, ''],
+  lines: Int[Array, 'N T'],
+  body: Int[Array, ' N'],
+  own: Bool[Array, ' N'],
+  frame: Pieces,
+  until: Int[Array, ''],
+  size: int,
+) -> Text:
+  """The first `until` lines as their `own` speaker reads them, and the cue.
+
+  `vmap` it over a batch. `size` must hold it: what is beyond is dropped.
+  """
+  count, room = lines.shape
+  index = jnp.arange(count)
+  before = jnp.pad(own, (1, 0))[:-1]
+  kind = jnp.where(own, 0, jnp.where(before, 1, 2))
+  # The prompt ends where a line that is heard first begins.
+  framed = (index < until) & ((index > 0) | own) | (index == until) & own
+  framed_length = jnp.where(framed, frame.length[kind], 0)
+  said = jnp.where(index < until, body, 0)
+  end = prompt_length + jnp.cumsum(framed_length + said)
+  start = end - said
+  tokens = jnp.zeros(size, jnp.int32)
+  for content, first, length in (
+    (prompt[None], jnp.zeros(1, jnp.int32), prompt_length[None]),
+    (frame.tokens[kind], start - framed_length, framed_length),
+    (lines, start, said),
+  ):
+    slot = jnp.arange(content.shape[1])[None]
+    place = jnp.where(slot < length[:, None], first[:, None] + slot, size)
+    tokens = tokens.at[place].set(content, mode='drop')
+  return Text(tokens, end[-1], start)
 
 
 @_record
@@ -99,7 +187,7 @@ def view(
   prompts: Int[Array, 'B P'] | None = None,
   prompt_length: Int[Array, ' B'] | None = None,
 ) -> View:
-  """`dialogue` as the speaker `who` reads it, padding moved to the end.
+  """`dialogue` as the speaker `who` reads it, padding at the end.
 
   `prompts` replaces the speaker's own prompt: the same lines under another
   persona or none, as a likelihood judge wants them.
@@ -107,39 +195,32 @@ def view(
   if prompts is None:
     prompts = dialogue.prompts[:, who]
     prompt_length = dialogue.prompt_length[:, who]
-  batch, lines, size = dialogue.tokens.shape
-  tokens, valid, before = [prompts], [_within(prompts, prompt_length)], []
-  slot = prompts.shape[1]
-  for n in range(lines):
-    piece = frame.heard_to_own if n % 2 == who else frame.own_to_heard
-    if n or n % 2 == who:  # a heard opening follows the prompt at once
-      tokens.append(jnp.broadcast_to(piece, (batch, piece.size)))
-      valid.append(jnp.ones((batch, piece.size), bool))
-      slot += piece.size
-    tokens.append(dialogue.tokens[:, n])
-    valid.append(_within(dialogue.tokens[:, n], dialogue.body[:, n]))
-    before.append(slot - 1 + jnp.arange(size))
-    slot += size
-  return _compact(
-    jnp.concatenate(tokens, 1),
-    jnp.concatenate(valid, 1),
-    jnp.broadcast_to(jnp.stack(before), (batch, lines, size)),
+  batch, lines, room = dialogue.tokens.shape
+  between = jax.tree.map(lambda x: x[0], pieces(frame))
+  size = slots(prompts.shape[1], between, lines, room)
+
+  def read(prompt, length, tokens, body, said):
+    own = dialogue.who == who
+    return text(prompt, length, tokens, body, own, between, said, size)
+
+  # Nothing frames the lines that a dialogue did not come to.
+  index = jnp.arange(1, lines + 1, dtype=jnp.int32)
+  said = jnp.max(jnp.where(dialogue.length > 0, index[None], 0), axis=1)
+  seen = jax.vmap(read)(
+    prompts, prompt_length, dialogue.tokens, dialogue.body, said
   )
-
-
-def _compact(tokens, valid, before):
-  order = jnp.argsort(~valid, axis=1, stable=True)
-  rank = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1  # position if valid
-  ordered = jnp.take_along_axis(valid, order, axis=1)
-  # A slot before a token may be padding between pieces: the last valid one
-  # up to there is the token that the model reads before it.
-  flat = before.reshape(before.shape[0], -1)
-  before = jnp.take_along_axis(rank, flat, axis=1).reshape(before.shape)
+  slot = jnp.arange(size)[None]
+  before = seen.start[..., None] - 1 + jnp.arange(room)[None, None]
   return View(
-    tokens=jnp.take_along_axis(tokens, order, axis=1),
-    positions=jnp.where(ordered, jnp.arange(tokens.shape[1])[None], -1),
-    before=jnp.maximum(before, 0),
+    tokens=seen.tokens,
+    positions=jnp.where(slot < seen.length[:, None], slot, -1),
+    before=jnp.clip(before, 0, size - 1),
   )
+
+
+def slots(prompt: int, frame: Pieces, lines: int, tokens: int) -> int:
+  """Room for a prompt and all that a speaker may read of a dialogue."""
+  return prompt + lines * (frame.tokens.shape[-1] + tokens)
 
 
 def _within(tokens, length):
@@ -150,5 +231,5 @@ def _within(tokens, length):
 def rows(dialogue: Dialogue, choose) -> Dialogue:
   """`choose(x)` of every array that has a row a dialogue."""
   names = {field.name for field in dataclasses.fields(dialogue)} - {'who'}
-  chosen = {name: choose(getattr(dialogue, name)) for name in names}
+  chosen = {n: jax.tree.map(choose, getattr(dialogue, n)) for n in names}
   return dataclasses.replace(dialogue, **chosen)

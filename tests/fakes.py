@@ -212,8 +212,8 @@ def made_up(batch=4, lines=4, size=5, seed=0):
 
 def plain(record):
   """The fields of a record as numpy arrays, for loops in Python."""
-  names = [field.name for field in dataclasses.fields(record)]
-  arrays = {name: np.asarray(getattr(record, name)) for name in names}
+  fields = {x.name: getattr(record, x.name) for x in dataclasses.fields(record)}
+  arrays = {k: np.asarray(x) for k, x in fields.items() if hasattr(x, 'shape')}
   return types.SimpleNamespace(**arrays)
 
 
