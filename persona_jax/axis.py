@@ -71,8 +71,8 @@ def answers(lab: Lab, wanted: list[Asked], config, key, advance):
     )
     means = lab.pooled(lab.base, *said.joined())
     pooled.append(np.moveaxis(np.asarray(means), 0, 1)[:count])
-    body = np.asarray(said.line.body)
-    tokens = np.asarray(said.line.tokens)
+    body = np.asarray(said.body)
+    tokens = np.asarray(said.tokens)
     replies += [
       chat.decode(tokens[i, : body[i]].tolist()) for i in range(count)
     ]

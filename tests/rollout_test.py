@@ -268,11 +268,10 @@ def test_replies_are_those_of_one_pass(key, stops):
   )
   hidden = np.concatenate([first, hidden[:, width:-1]], axis=1)
   logits = np.asarray(models[1].unembed(variables, hidden), np.float64)
-  line = said.line
-  mask = np.arange(TOKENS) < np.asarray(line.length)[:, None]
-  check(line, line.tokens, logits, mask, speaker.sampling)
-  np.testing.assert_array_equal(np.sum(is_reply, axis=1), line.body)
-  assert not np.any(is_reply[:, :width]) and np.any(line.body < TOKENS) == (
+  mask = np.arange(TOKENS) < np.asarray(said.length)[:, None]
+  check(said, said.tokens, logits, mask, speaker.sampling)
+  np.testing.assert_array_equal(np.sum(is_reply, axis=1), said.body)
+  assert not np.any(is_reply[:, :width]) and np.any(said.body < TOKENS) == (
     stops == 'some'
   )
 
@@ -296,7 +295,7 @@ def test_replies_do_not_depend_on_the_batch(key):
         part.ids,
         jnp.asarray(live if order is rows else live | True),
         tokens=TOKENS,
-      ).line
+      )
     )
   np.testing.assert_array_equal(
     lines[1].tokens[live], lines[0].tokens[rows[live]]

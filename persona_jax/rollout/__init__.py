@@ -1,4 +1,4 @@
-"""Whole conversations of two speakers in one compiled program."""
+"""Whole conversations in one compiled program."""
 
 from persona_jax.rollout.converse import converse
 from persona_jax.rollout.reply import Reply, reply

@@ -1,147 +1,359 @@
-"""A conversation of two speakers as one pure function."""
+"""Conversations as one pure function, or as pieces that a host drives."""
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Key
 
-from persona_jax.dialogue import Dialogue, Frame
-from persona_jax.rollout import line as lines_
-from persona_jax.rollout.line import Line
+from persona_jax.dialogue import Dialogue, Frame, Played, pieces, slots
+from persona_jax.rollout import lanes as lanes_
+from persona_jax.rollout import loop
+from persona_jax.rollout.environment import OpenConversation
+from persona_jax.rollout.lanes import HOST, WORLD, Given, Line, Rules, Said
+from persona_jax.rollout.loop import Talk, Usage
+from persona_jax.rollout.sampling import Sampling
 from persona_jax.rollout.speaker import Scenario, Speaker
+
+
+@struct.dataclass
+class Stage:
+  """All that stays as it is while dialogues are held."""
+
+  speakers: tuple[Speaker, ...]
+  rules: Rules
+  given: Given
+  scenario: Scenario
+  lanes: int = struct.field(pytree_node=False)
+  chunk: int = struct.field(pytree_node=False)
+  patience: int = struct.field(pytree_node=False)
 
 
 def converse(
   key: Key[Array, ''],
-  speakers: tuple[Speaker, Speaker],
-  frames: tuple[Frame, Frame],
+  speakers: tuple[Speaker | None, ...],
+  frames: tuple[Frame | None, ...],
   scenario: Scenario,
   *,
   lines: int,
   tokens: int,
+  environment: Any = None,
+  **plan,
 ) -> Dialogue:
-  """B dialogues of `lines` lines of at most `tokens` tokens.
+  """B dialogues of at most `lines` lines of at most `tokens` tokens.
 
-  `speakers[0]` opens with `scenario.opening`; then both speak in turn. Each
-  keeps its cache: nothing is read twice. Jit it with `lines` and `tokens`
-  static. Keys come from scenario, sample, line and token, so a scenario gives
-  the same lines in any batch.
+  The seats take turns, beginning with `scenario.opening`. Each speaker keeps
+  its cache: nothing is read twice. Jit it with all but the first four and
+  `environment` static (`rollout.compiled`). Keys come from scenario, sample,
+  line and token, so a scenario gives the same lines in any batch.
+
+  Args:
+    key: names all draws, with the scenario.
+    speakers: one a seat, or one for two seats (`Speaker.who`); None is the
+      seat of the environment.
+    frames: what stands between two lines, as each seat reads it.
+    scenario: how the dialogues begin.
+    lines: most lines of a dialogue, the opening included.
+    tokens: most tokens of a line, its stop token included.
+    environment: what hears every line (`rollout.environment`).
+    **plan: `lanes`, `groups`, `chunk` of `stage`: how, never what.
 
   Raises:
-    ValueError: `lines` is below 2, or the opening is longer than `tokens`.
+    ValueError: what is asked for does not fit together; see `stage`.
   """
-  _check(scenario, lines, tokens)
-  row_keys = scenario.keys(key)
-  opening = _opening(scenario, tokens)
-  exchanges = lines // 2
-  size = _slots(scenario, frames, exchanges, tokens)
-  _, opener = _prefill(
-    speakers[0], scenario, 0, size, opening, frames[0].heard_to_own
+  held, _ = converse_counted(
+    key,
+    speakers,
+    frames,
+    scenario,
+    lines=lines,
+    tokens=tokens,
+    environment=environment,
+    **plan,
   )
-  _, replier = _prefill(speakers[1], scenario, 1, size)
+  return held
 
-  def turn(who, memory, heard, n):
-    frame, keys = frames[who], _fold(row_keys, n)
-    hidden, memory = lines_.listen(
-      speakers[who],
-      memory,
-      heard,
-      frame.own_to_heard,
-      frame.heard_to_own,
-      scenario.live,
-      first=n == 1,  # only the replier's first line follows a bare prompt
+
+def converse_counted(
+  key, speakers, frames, scenario, **of
+) -> tuple[Dialogue, Usage]:
+  """`converse`, and what it took."""
+  on = stage(key, speakers, frames, scenario, **of)
+  talk = go(on, begin(on))
+  return finish(on, talk), talk.usage
+
+
+def stage(
+  key: Key[Array, ''],
+  speakers: tuple[Speaker | None, ...],
+  frames: tuple[Frame | None, ...],
+  scenario: Scenario,
+  *,
+  lines: int,
+  tokens: int,
+  environment: Any = None,
+  hosted: tuple[int, ...] = (),
+  lanes: int | None = None,
+  groups: int | None = None,
+  chunk: int | None = None,
+  patience: int | None = None,
+) -> Stage:
+  """Everything that dialogues need, in the form in which they need it.
+
+  Args:
+    key: as `converse`, like all that is not named here.
+    speakers: as `converse`.
+    frames: as `converse`.
+    scenario: as `converse`.
+    lines: as `converse`.
+    tokens: as `converse`.
+    environment: as `converse`.
+    hosted: the seats whose lines the host gives.
+    lanes: dialogues held at a time, by default all; a lane that ends one
+      takes the next.
+    groups: one lane of each reads at a time; by default as many as divide the
+      lanes, up to 4. On a mesh, a multiple of the ways that rows are spread.
+    chunk: tokens read at a time, by default what is said and heard in a turn.
+    patience: groups that wait before they read, by default half of them.
+
+  Raises:
+    ValueError: too few lines, an opening that is too long, no dialogue, lanes
+      or groups that do not divide, or seats that nobody or two speak for.
+  """
+  rows = scenario.ids.shape[0]
+  _check(scenario, frames, lines, tokens)
+  voices, speakers = _seats(speakers, len(frames), hosted)
+  lanes = rows if lanes is None else min(lanes, rows)
+  groups = _groups(rows, lanes, groups)
+  environment = OpenConversation() if environment is None else environment
+  between = pieces(*frames)
+  samplings = _samplings(speakers, voices)
+  table, strings = _strings(samplings, rows)
+  rules = Rules(
+    environment=environment,
+    pieces=between,
+    table=table,
+    voices=voices,
+    lines=lines,
+    tokens=tokens,
+    slots=slots(scenario.prompts.shape[2], between, lines, tokens),
+    first=0 if scenario.opening is None else 1,
+  )
+  keys = scenario.keys(key)
+  live = scenario.live.reshape(groups, -1)
+  split = lambda x: x.reshape(groups, rows // groups, *x.shape[1:])
+  given = Given(
+    keys=split(keys),
+    prompts=split(scenario.prompts),
+    prompt_length=split(scenario.prompt_length),
+    sampling=jax.tree.map(split, _together(samplings)),
+    strings=split(strings),
+    state=jax.tree.map(split, jax.vmap(environment.reset)(keys, scenario.task)),
+    order=jnp.argsort(~live, axis=1, stable=True).astype(jnp.int32),
+    count=jnp.sum(live, axis=1, dtype=jnp.int32),
+  )
+  if chunk is None:
+    chunk = 2 * between.tokens.shape[-1] + tokens + 1
+  if patience is None:
+    patience = (groups + 1) // 2
+  return Stage(speakers, rules, given, scenario, lanes, chunk, patience)
+
+
+def begin(on: Stage) -> Talk:
+  """The dialogues before anything was read."""
+  scenario, rules = on.scenario, on.rules
+  groups, rows = on.given.keys.shape
+  each = on.lanes // groups
+  shape = (groups, rows, rules.lines)
+  zeros = lambda dtype, *more: jnp.zeros((*shape, *more), dtype)
+  said = Said(
+    tokens=zeros(jnp.int32, rules.tokens),
+    length=zeros(jnp.int32),
+    stopped=zeros(bool),
+    logprobs=zeros(jnp.float32, rules.tokens),
+    raw_logprobs=zeros(jnp.float32, rules.tokens),
+    reward=zeros(jnp.float32),
+    terminated=jnp.zeros(shape[:2], bool),
+    truncated=jnp.zeros(shape[:2], bool),
+    state=on.given.state,
+  )
+  if scenario.opening is not None:
+    size = scenario.opening.shape[1]
+    opening = scenario.opening.reshape(groups, rows, size)
+    length = jnp.where(scenario.live, scenario.opening_length, 0)
+    said = said.replace(
+      tokens=said.tokens.at[:, :, 0, :size].set(opening),
+      length=said.length.at[:, :, 0].set(length.reshape(groups, rows)),
     )
-    return lines_.speak(
-      keys, speakers[who], memory, hidden, scenario.live, tokens
-    )
-
-  def exchange(carry, n):
-    replier, opener, heard = carry
-    said, replier = turn(1, replier, heard, n)
-    answered, opener = jax.lax.cond(
-      n + 1 < lines,
-      lambda memory: turn(0, memory, said, n + 1),
-      lambda memory: (jax.tree.map(jnp.zeros_like, said), memory),
-      opener,
-    )
-    return (replier, opener, answered), (said, answered)
-
-  odd = 2 * jnp.arange(exchanges) + 1  # the replier's lines
-  _, (said, answered) = jax.lax.scan(exchange, (replier, opener, opening), odd)
-  return _dialogue(scenario, _interleave(opening, said, answered, lines))
+  lanes = jax.vmap(lambda given: lanes_.begin(rules, given, each))(on.given)
+  voices = tuple(_voice(speaker, on) for speaker in on.speakers)
+  seen = None
+  if on.given.sampling.repetition is not None:
+    width = max(_vocab(x, v) for x, v in zip(on.speakers, voices, strict=True))
+    seen = jnp.zeros((on.lanes, width), bool)
+  return Talk(said, lanes, voices, seen, Usage.none())
 
 
-def _dialogue(scenario: Scenario, every: Line) -> Dialogue:
+def go(on: Stage, talk: Talk) -> Talk:
+  """Talks until all is said, or every lane waits for the host."""
+  return loop.go(
+    on.speakers,
+    on.rules,
+    on.given,
+    talk,
+    chunk=on.chunk,
+    patience=on.patience,
+  )
+
+
+def supply(on: Stage, talk: Talk, line: Line, given) -> Talk:
+  """`talk` with the host's lines in the lanes that are `given` one."""
+  given &= talk.lanes.phase == lanes_.WAITING
+  said = jax.vmap(lanes_.write_line)(talk.said, talk.lanes, line, given)
+  said, lanes = loop.move(on.rules, on.given, said, talk.lanes, given)
+  return talk.replace(said=said, lanes=lanes)
+
+
+def finish(on: Stage, talk: Talk) -> Dialogue:
+  """What was said, in the order of the scenario."""
+  scenario = on.scenario
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  said = jax.tree.map(flat, talk.said)
   return Dialogue(
-    tokens=every.tokens,
-    length=every.length,
-    stopped=every.stopped,
-    logprobs=every.logprobs,
-    raw_logprobs=every.raw_logprobs,
-    who=jnp.arange(every.length.shape[1]) % 2,
+    tokens=said.tokens,
+    length=said.length,
+    stopped=said.stopped,
+    logprobs=said.logprobs,
+    raw_logprobs=said.raw_logprobs,
+    who=jnp.arange(on.rules.lines) % on.rules.seats,
     prompts=scenario.prompts,
     prompt_length=scenario.prompt_length,
     scenario=scenario.ids,
     sample=scenario.samples,
     live=scenario.live,
+    played=Played(said.reward, said.terminated, said.truncated, said.state),
   )
 
 
-def _fold(row_keys, n):
-  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(row_keys, n)
+def _voice(speaker, on):
+  caches = tuple(speaker.memory(on.lanes, on.rules.slots) for _ in speaker.who)
+  nothing = jnp.zeros((on.lanes, 1), jnp.int32)
+  hidden, _ = jax.eval_shape(speaker.read, caches[0], nothing, nothing)
+  return loop.Voice(
+    caches=caches,
+    front=jnp.full(on.lanes, speaker.who[0], jnp.int32),
+    hidden=jnp.zeros((on.lanes, hidden.shape[2]), hidden.dtype),
+  )
 
 
-def _check(scenario, lines, tokens):
-  if lines < 2:
+def _vocab(speaker, voice):
+  return jax.eval_shape(speaker.logits, voice.hidden).shape[1]
+
+
+def _seats(speakers, seats, hosted):
+  """The number of the speaker of every seat, and the speakers."""
+  placed = []
+  for place, speaker in enumerate(speakers):
+    if speaker is not None:
+      placed.append(speaker.replace(who=speaker.who or (place,)))
+  voices = [HOST if seat in hosted else WORLD for seat in range(seats)]
+  for i, speaker in enumerate(placed):
+    for seat in speaker.who:
+      if seat >= seats or voices[seat] >= 0 or len(speaker.who) > 2:
+        raise ValueError(
+          f'a speaker is for the seats {speaker.who}, of {seats} with frames; '
+          'give each seat one speaker, and a speaker one seat or two.'
+        )
+      voices[seat] = i
+  if not placed or voices.count(WORLD) > 1:
+    raise ValueError(
+      f'{voices.count(WORLD)} of {seats} seats have no speaker; give at least '
+      'one speaker, and leave at most one seat to the environment.'
+    )
+  return tuple(voices), tuple(placed)
+
+
+def _samplings(speakers, voices):
+  """How each seat draws; a seat without a speaker never does."""
+  found = []
+  for seat, voice in enumerate(voices):
+    sampling = speakers[max(voice, 0)].sampling
+    if not isinstance(sampling, Sampling):
+      who = speakers[max(voice, 0)].who
+      sampling = sampling[who.index(seat) if voice >= 0 else 0]
+    found.append(sampling)
+  return found
+
+
+def _together(samplings):
+  """The settings of all seats as arrays `[B K ...]`, without strings."""
+  some = any(x.repetition is not None for x in samplings)
+  width = max(x.stop.shape[1] for x in samplings)
+
+  def alike(sampling):
+    repetition = sampling.repetition
+    if some and repetition is None:
+      repetition = jnp.ones_like(sampling.temperature)
+    room = width - sampling.stop.shape[1]
+    stop = jnp.pad(sampling.stop, ((0, 0), (0, room)), constant_values=-1)
+    return sampling.replace(repetition=repetition, stop=stop, strings=None)
+
+  return jax.tree.map(
+    lambda *x: jnp.stack(x, axis=1), *[alike(x) for x in samplings]
+  )
+
+
+def _strings(samplings, rows):
+  """One table for the stop strings of all seats, and where each row starts."""
+  none = jnp.zeros(rows, jnp.int32)
+  tables, starts, size = [], [], 0
+  for sampling in samplings:
+    strings = sampling.strings
+    if strings is None:
+      starts.append(none)
+      continue
+    shift = lambda x, size=size: jnp.where(x < 2, x, x + size).astype(jnp.int32)
+    tables.append(shift(strings.table) if tables else strings.table)
+    starts.append(shift(strings.start))
+    size += strings.table.shape[0]
+  table = jnp.concatenate(tables) if tables else None
+  return table, jnp.stack(starts, axis=1)
+
+
+def _groups(rows, lanes, groups):
+  if groups is None:
+    groups = max(x for x in range(1, 5) if rows % x == 0 and lanes % x == 0)
+  if rows % groups or lanes % groups:
+    raise ValueError(
+      f'groups={groups} does not divide {rows} dialogues in {lanes} lanes; '
+      f'take a divisor of {math.gcd(rows, lanes)}.'
+    )
+  return groups
+
+
+def _check(scenario, frames, lines, tokens):
+  rows, seats = scenario.prompts.shape[:2]
+  if rows == 0:
+    raise ValueError('the scenario has no rows; give at least one dialogue.')
+  if seats != len(frames):
+    raise ValueError(
+      f'the scenario has prompts for {seats} seats, and there are frames for '
+      f'{len(frames)}; give both for every seat.'
+    )
+  if scenario.opening is None:
+    if lines < 1 or tokens < 1:
+      raise ValueError(
+        f'lines={lines} of tokens={tokens} say nothing; give 1 or more of both.'
+      )
+  elif lines < 2:
     raise ValueError(
       f'lines={lines}: a dialogue needs an opening and at least one reply; '
       'give 2 or more.'
     )
-  if scenario.opening.shape[1] > tokens:
+  elif scenario.opening.shape[1] > tokens:
     raise ValueError(
       f'the openings have room for {scenario.opening.shape[1]} tokens, more '
       f'than the {tokens} of a line; shorten them or raise the limit.'
     )
-
-
-def _slots(scenario, frames, exchanges, tokens):
-  """Enough for the prompt, an opening, and all that is heard and said."""
-  frame = max(f.heard_to_own.size + f.own_to_heard.size for f in frames)
-  exchange = frame + 2 * tokens + 1
-  return scenario.prompts.shape[2] + (exchanges + 1) * exchange
-
-
-def _opening(scenario, tokens):
-  room = tokens - scenario.opening.shape[1]
-  batch = scenario.opening.shape[0]
-  zeros = jnp.zeros((batch, tokens), jnp.float32)
-  return Line(
-    tokens=jnp.pad(scenario.opening, ((0, 0), (0, room))),
-    length=jnp.where(scenario.live, scenario.opening_length, 0),
-    stopped=jnp.zeros(batch, bool),
-    logprobs=zeros,
-    raw_logprobs=zeros,
-  )
-
-
-def _prefill(speaker, scenario, who, size, opening=None, header=None):
-  tokens = [scenario.prompts[:, who]]
-  batch, room = tokens[0].shape
-  valid = [jnp.arange(room)[None] < scenario.prompt_length[:, who, None]]
-  if opening is not None:
-    tokens += [jnp.broadcast_to(header, (batch, header.size)), opening.tokens]
-    valid.append(jnp.ones((batch, header.size), bool))
-    valid.append(
-      jnp.arange(opening.tokens.shape[1])[None] < opening.length[:, None]
-    )
-  valid = jnp.concatenate(valid, axis=1) & scenario.live[:, None]
-  return lines_.prefill(speaker, jnp.concatenate(tokens, axis=1), valid, size)
-
-
-def _interleave(opening: Line, said: Line, answered: Line, lines: int) -> Line:
-  def weave(first, own, other):  # [B ...], [X B ...], [X B ...]
-    both = jnp.stack([own, other], axis=1)  # [X 2 B ...]
-    both = both.reshape(-1, *both.shape[2:])
-    every = jnp.concatenate([first[None], both])[:lines]
-    return jnp.moveaxis(every, 0, 1)
-
-  return jax.tree.map(weave, opening, said, answered)

@@ -1,6 +1,7 @@
 """Who speaks, about what: the inputs of a rollout."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,18 @@ class Speaker:
   The functions are static: build them once, or every call compiles anew.
   Give unstacked variables (`trees.unstack_layers`): decoding reads each
   layer's weights where they lie.
+
+  `who` names the seats that it speaks for, by default the one of its place
+  among the speakers. One that speaks for two seats reads its weights once for
+  both; `sampling` may then be a pair.
   """
 
   variables: PyTree
-  sampling: Sampling
+  sampling: Sampling | tuple[Sampling, ...]
   apply: Callable = struct.field(pytree_node=False)
   unembed: Callable = struct.field(pytree_node=False)
   memory: Callable = struct.field(pytree_node=False)  # (batch, size) -> cache
+  who: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
   def read(self, cache, tokens, positions):
     """The normed hidden states of `tokens`, and the cache with them."""
@@ -36,19 +42,22 @@ class Speaker:
 
 @struct.dataclass
 class Scenario:
-  """B beginnings of a dialogue: two prompts and the first line.
+  """B beginnings of a dialogue of K seats: their prompts and the first line.
 
   A prompt holds all tokens before the first line (`Chat.prompt_ids`); the
-  opener's prompt ends with the cue that it answers.
+  opener's prompt ends with the cue that it answers. Without an opening
+  (`opening=None`) the first line is spoken too. `task` is what the environment
+  is told of each row.
   """
 
   ids: Int[Array, ' B']
   samples: Int[Array, ' B']  # tells apart dialogues of the same scenario
-  prompts: Int[Array, 'B 2 P']
-  prompt_length: Int[Array, 'B 2']
-  opening: Int[Array, 'B T']
-  opening_length: Int[Array, ' B']
+  prompts: Int[Array, 'B K P']
+  prompt_length: Int[Array, 'B K']
+  opening: Int[Array, 'B T'] | None
+  opening_length: Int[Array, ' B'] | None
   live: Bool[Array, ' B']
+  task: Any = None
 
   def keys(self, key: Key[Array, '']) -> Key[Array, ' B']:
     """A key per row, by scenario and sample, never by place in the batch."""
