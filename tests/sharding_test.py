@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from persona_jax import dialogue as dialogues
-from persona_jax import learn, models, rewards, trees
+from persona_jax import learn, models, rewards, rollout, trees
 from persona_jax.learn import losses, sharding, step
 from persona_jax.models import cache, decoder, lora
 from persona_jax.models.config import Kind, Rope
@@ -349,3 +349,57 @@ def judged(name, variables):
     **functions,
   )
   return rewards.pair_verdict(judge)
+
+
+# Rollouts.
+
+
+@pytest.mark.parametrize('together', [True, False])
+@on_meshes
+def test_dialogues_are_those_of_one_device(variables, shape, together):
+  mesh = sharding.make_mesh(shape)
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  rows, lanes = 32, 16  # two dialogues a lane
+  scenario = fakes.scenario(rows)
+  apart = jax.tree.map(np.asarray, trees.unstack_layers(variables))
+
+  def cast(apply, variables):
+    speaker = rollout.Speaker(
+      variables=variables,
+      sampling=rollout.Sampling.of(rows, fakes.stops(range(80))),
+      apply=apply,
+      unembed=UNEMBED,
+      memory=functools.partial(cache.empty, CONFIG),
+    )
+    if together:
+      return (dataclasses.replace(speaker, who=(0, 1)),)
+    return speaker, speaker
+
+  def talk(speakers, scenario):
+    return rollout.converse(
+      jax.random.key(0),
+      speakers,
+      fakes.FRAMES,
+      scenario,
+      lines=4,
+      tokens=6,
+      lanes=lanes,
+      groups=8,
+    )
+
+  want = on_one(talk, cast(APPLY, apart), scenario)
+  rules = sharding.gathered(sharding.RULES)
+  stacked = trees.shardings(variables, mesh, rules)
+  spread = jax.jit(trees.unstack_layers, in_shardings=(stacked,))(
+    jax.device_put(variables, stacked)
+  )
+  placed = jax.device_put(scenario, sharding.batch_sharding(mesh))
+  apply = sharding.by_rows(APPLY, mesh)
+  program = jax.jit(lambda variables: talk(cast(apply, variables), placed))
+  program = program.lower(spread).compile()
+  said = program(spread)
+  np.testing.assert_array_equal(said.tokens, want.tokens)
+  np.testing.assert_array_equal(said.length, want.length)
+  np.testing.assert_allclose(said.logprobs, want.logprobs, atol=1e-5)
+  whole = f'f32[{lanes},2,'  # a cache of all rows on one device
+  assert ways == 1 or whole not in program.as_text()

@@ -5,6 +5,7 @@ in the variable collection `edits` that `caps` makes, so that new values and
 switching off never recompile.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -48,29 +49,34 @@ def projection(
   )
 
 
-def stored(tap, x):
+def stored(tap, x: Float[Array, 'B T D']):
   """The edit of `taps.edited` whose arrays lie in the collection `edits`.
 
-  Caps first, then steers, each where the collection has it.
+  Caps first, then steers, each where the collection has it. The arrays are one
+  layer's, for all rows or, from `by_seat`, one for each.
   """
   if tap.has_variable('edits', 'cap'):
     bound = tap.get_variable('edits', 'cap')
-    capped = cap(x, bound['axis'], bound['low'], bound['high'])
+    capped = _rows(cap, x, bound['axis'], bound['low'], bound['high'])
     inside = jnp.broadcast_to(_reached(tap, bound, x)[..., None], x.shape)
     x = jnp.where(inside, capped, x)
   if tap.has_variable('edits', 'steer'):
-    x = steer(x, tap.get_variable('edits', 'steer')['vector'])
+    x = _rows(steer, x, tap.get_variable('edits', 'steer')['vector'])
   return x
 
 
-def cap_acts(tap, x: Float[Array, '*B D']) -> Bool[Array, '*B']:
+def cap_acts(tap, x: Float[Array, 'B T D']) -> Bool[Array, 'B T']:
   """Where the stored cap would move `x`; nowhere without one."""
   if not tap.has_variable('edits', 'cap'):
     return jnp.zeros(x.shape[:-1], bool)
   bound = tap.get_variable('edits', 'cap')
-  along = projection(x, bound['axis'])
-  beyond = (along < bound['low']) | (along > bound['high'])
-  return beyond & _reached(tap, bound, x)
+
+  def beyond(x, axis, low, high):
+    along = projection(x, axis)
+    return (along < low) | (along > high)
+
+  acts = _rows(beyond, x, bound['axis'], bound['low'], bound['high'])
+  return acts & _reached(tap, bound, x)
 
 
 def caps(
@@ -115,6 +121,14 @@ def merged(*collections: PyTree) -> PyTree:
   return {'layers': {SITE: site}}
 
 
+def by_seat(*collections: PyTree) -> PyTree:
+  """One collection `edits` a seat, for `Speaker.own`.
+
+  They are unstacked, as the speaker's variables are, and of one kind.
+  """
+  return {'edits': jax.tree.map(lambda *x: jnp.stack(x), *collections)}
+
+
 def unit(vector: Float[Array, '*B D']) -> Float[Array, '*B D']:
   """`vector` at length one; a zero vector stays zero."""
   length = jnp.linalg.norm(vector, axis=-1, keepdims=True)
@@ -130,7 +144,14 @@ def _wide(x):
   return jnp.asarray(x, jnp.float32)
 
 
+def _rows(edit, x, axis, *bounds):
+  """`edit` with arrays for all rows of `x`, or with some for each row."""
+  edit = edit if axis.ndim == 1 else jax.vmap(edit)
+  return edit(x, axis, *bounds)
+
+
 def _reached(tap, bound, x):
   if tap.positions is None:
     return jnp.ones(x.shape[:-1], bool)
-  return tap.positions >= bound['first']
+  first = bound['first']
+  return tap.positions >= (first[:, None] if first.ndim else first)

@@ -57,10 +57,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def by_rows(apply: Callable, mesh: Mesh) -> Callable:
-  """`apply` whose tokens and hidden states lie as the batch does.
+  """`apply` whose tokens, cache and hidden states lie as the batch does.
 
   Left alone, XLA may follow the weights instead and spread the features: then
-  every device holds all rows, and activations are summed over the mesh.
+  every device holds all rows, and activations are summed over the mesh. The
+  heads of a cache lie over tensor where they divide.
 
   Raises:
     ValueError: when called, if the rows do not divide over the mesh.
@@ -70,18 +71,38 @@ def by_rows(apply: Callable, mesh: Mesh) -> Callable:
   )
   ways = mesh.shape['data'] * mesh.shape['fsdp']
 
+  def by_heads(x):  # [B H ...], the layers apart
+    heads = 'tensor' if x.shape[1] % mesh.shape['tensor'] == 0 else None
+    where = NamedSharding(mesh, P(('data', 'fsdp'), heads))
+    return jax.lax.with_sharding_constraint(x, where)
+
   def apply_by_rows(variables, tokens, positions, cache=None, **keywords):
     if tokens.shape[0] % ways:
       raise ValueError(
         f'{tokens.shape[0]} rows do not divide over the {ways} ways of data '
         'and fsdp; change the batch, the microbatches or the mesh.'
       )
+    cache = jax.tree.map(by_heads, cache)
     hidden, cache = apply(
       variables, place(tokens), place(positions), cache, **keywords
     )
-    return place(hidden), cache
+    return place(hidden), jax.tree.map(by_heads, cache)
 
   return apply_by_rows
+
+
+def gathered(rules, axis: str = 'fsdp'):
+  """`rules` that spread nothing over `axis`: decoding reads all weights.
+
+  It would otherwise gather them anew for each token.
+  """
+
+  def without(part):
+    if isinstance(part, tuple):
+      return tuple(x for x in part if x != axis) or None
+    return None if part == axis else part
+
+  return tuple((pattern, P(*map(without, spec))) for pattern, spec in rules)
 
 
 def init_sharded(init, mesh: Mesh, *args, rules=RULES):

@@ -80,6 +80,11 @@ def converse_counted(
   key, speakers, frames, scenario, **of
 ) -> tuple[Dialogue, Usage]:
   """`converse`, and what it took."""
+  if of.get('hosted'):
+    raise ValueError(
+      f'hosted={of["hosted"]}: nobody gives the host\'s lines here; hold such '
+      'dialogues by `rollout.hosted.hold`.'
+    )
   on = stage(key, speakers, frames, scenario, **of)
   talk = go(on, begin(on))
   return finish(on, talk), talk.usage
@@ -127,6 +132,8 @@ def stage(
   voices, speakers = _seats(speakers, len(frames), hosted)
   lanes = rows if lanes is None else min(lanes, rows)
   groups = _groups(rows, lanes, groups)
+  first = 0 if scenario.opening is None else 1
+  _check_seats(voices, frames, first)
   environment = OpenConversation() if environment is None else environment
   between = pieces(*frames)
   samplings = _samplings(speakers, voices)
@@ -139,7 +146,7 @@ def stage(
     lines=lines,
     tokens=tokens,
     slots=slots(scenario.prompts.shape[2], between, lines, tokens),
-    first=0 if scenario.opening is None else 1,
+    first=first,
   )
   keys = scenario.keys(key)
   live = scenario.live.reshape(groups, -1)
@@ -158,6 +165,10 @@ def stage(
     chunk = 2 * between.tokens.shape[-1] + tokens + 1
   if patience is None:
     patience = (groups + 1) // 2
+  if min(chunk, patience) < 1:
+    raise ValueError(
+      f'chunk={chunk} and patience={patience} let nobody read; give 1 or more.'
+    )
   return Stage(speakers, rules, given, scenario, lanes, chunk, patience)
 
 
@@ -240,7 +251,8 @@ def finish(on: Stage, talk: Talk) -> Dialogue:
 def _voice(speaker, on):
   caches = tuple(speaker.memory(on.lanes, on.rules.slots) for _ in speaker.who)
   nothing = jnp.zeros((on.lanes, 1), jnp.int32)
-  hidden, _ = jax.eval_shape(speaker.read, caches[0], nothing, nothing)
+  seat = nothing[:, 0] + speaker.who[0]
+  hidden, _ = jax.eval_shape(speaker.read, caches[0], nothing, nothing, seat)
   return loop.Voice(
     caches=caches,
     front=jnp.full(on.lanes, speaker.who[0], jnp.int32),
@@ -258,7 +270,7 @@ def _seats(speakers, seats, hosted):
   for place, speaker in enumerate(speakers):
     if speaker is not None:
       placed.append(speaker.replace(who=speaker.who or (place,)))
-  voices = [HOST if seat in hosted else WORLD for seat in range(seats)]
+  voices = [WORLD] * seats
   for i, speaker in enumerate(placed):
     for seat in speaker.who:
       if seat >= seats or voices[seat] >= 0 or len(speaker.who) > 2:
@@ -267,12 +279,35 @@ def _seats(speakers, seats, hosted):
           'give each seat one speaker, and a speaker one seat or two.'
         )
       voices[seat] = i
+  for seat in hosted:
+    if not 0 <= seat < seats or voices[seat] != WORLD:
+      raise ValueError(
+        f'the hosted seat {seat} of {seats} has a speaker or is none; name '
+        'seats that nobody else speaks for.'
+      )
+    voices[seat] = HOST
   if not placed or voices.count(WORLD) > 1:
     raise ValueError(
       f'{voices.count(WORLD)} of {seats} seats have no speaker; give at least '
       'one speaker, and leave at most one seat to the environment.'
     )
   return tuple(voices), tuple(placed)
+
+
+def _check_seats(voices, frames, first):
+  if voices[first % len(voices)] == WORLD:
+    raise ValueError(
+      f'line {first} is the first to be said and its seat the environment\'s, '
+      'which only answers; let a speaker begin.'
+    )
+  if len(voices) > 2:
+    for seat, (voice, frame) in enumerate(zip(voices, frames, strict=True)):
+      if voice >= 0 and (frame is None or frame.heard_to_heard is None):
+        raise ValueError(
+          f'the frame of seat {seat} has no heard_to_heard, and of '
+          f'{len(voices)} seats it hears two lines in a row; give what stands '
+          'between them.'
+        )
 
 
 def _samplings(speakers, voices):
@@ -323,6 +358,10 @@ def _strings(samplings, rows):
 
 
 def _groups(rows, lanes, groups):
+  if lanes < 1 or (groups is not None and groups < 1):
+    raise ValueError(
+      f'lanes={lanes} in groups={groups} hold no dialogue; give 1 or more.'
+    )
   if groups is None:
     groups = max(x for x in range(1, 5) if rows % x == 0 and lanes % x == 0)
   if rows % groups or lanes % groups:

@@ -19,6 +19,7 @@ from persona_jax.rollout.stops import StopStrings
 
 READING, SPEAKING, WAITING, IDLE = range(4)  # values of `Lanes.phase`
 WORLD, HOST = -1, -2  # seats without a speaker, in `Rules.voices`
+_WORLD_KEY = 2**31 - 1  # no line and no token has this number
 
 
 @struct.dataclass
@@ -166,11 +167,12 @@ def write(rules: Rules, given: Given, said: Said, lanes: Lanes, drawn):
 def write_line(said: Said, lanes: Lanes, line: Line, where) -> Said:
   """Puts a whole line where `where`, as one that was not sampled."""
   at = (_rows(said, lanes, where), lanes.line)
-  slot = jnp.arange(line.tokens.shape[1])[None]
+  room = line.tokens.shape[1]
+  slot = jnp.arange(room)[None]
   tokens = jnp.where(slot < line.length[:, None], line.tokens, 0)
   return said.replace(
     tokens=said.tokens.at[at].set(tokens, mode='drop'),
-    length=said.length.at[at].set(line.length, mode='drop'),
+    length=said.length.at[at].set(jnp.clip(line.length, 0, room), mode='drop'),
   )
 
 
@@ -183,11 +185,9 @@ def advance(rules: Rules, given: Given, said: Said, lanes: Lanes, ended):
     line=lanes.line,
     who=rules.seat(lanes.line),
   )
-  fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-  hers = jax.vmap(jax.random.fold_in)(given.keys[lanes.row], lanes.line)
-  outcome = jax.vmap(rules.environment.step)(
-    fold(hers, rules.tokens), lanes.state, heard
-  )
+  fold = jax.vmap(jax.random.fold_in)
+  key = world_key(fold(given.keys[lanes.row], lanes.line))
+  outcome = jax.vmap(rules.environment.step)(key, lanes.state, heard)
   row = _rows(said, lanes, ended)
   keep = lambda new, old: jnp.where(_like(ended, new), new, old)
   lanes = lanes.replace(
@@ -221,6 +221,11 @@ class Unread(NamedTuple):
   source: Int[Array, '']  # the lane whose cache holds them
 
 
+def world_key(keys: Key[Array, ' L']) -> Key[Array, ' L']:
+  """The environment's own keys, told apart from those of lines and tokens."""
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, _WORLD_KEY)
+
+
 def unread(
   rules: Rules, given: Given, said: Said, lanes: Lanes, lane
 ) -> Unread:
@@ -247,23 +252,23 @@ def unread(
     line,
     rules.slots,
   )
-  # One token at least is read here: its hidden state says what comes next.
-  start = jnp.minimum(length[lane], seen.length - 1)
+  start = jnp.where(shared, length[lane], lanes.read[lane, seat])
   return Unread(
     text=seen,
     seat=seat,
-    start=jnp.where(shared, start, lanes.read[lane, seat]),
+    # One token at least is read: its hidden state says what comes next.
+    start=jnp.clip(start, 0, seen.length - 1),
     source=jnp.where(shared, jnp.argmax(alike), lane),
   )
 
 
 def _answered(rules, said, lanes, outcome, ended):
-  """The environment's words as a line, where its seat is next."""
+  """The environment's words as a line, maybe empty, where its seat is next."""
   if WORLD not in rules.voices:
     return said, lanes
   voices = jnp.array(rules.voices)
   its = voices[rules.seat(lanes.line)] == WORLD
-  its &= ended & (lanes.line < rules.lines) & (outcome.length > 0)
+  its &= ended & (lanes.line < rules.lines)
   line = Line(tokens=outcome.words, length=outcome.length)
   said = write_line(said, lanes, line, its)
   return said, lanes.replace(line=lanes.line + its)

@@ -22,19 +22,19 @@ from persona_jax.rollout.stops import StopStrings
 
 @struct.dataclass
 class Usage:
-  """Counts of a rollout, float32."""
+  """Counts of a rollout."""
 
-  steps: Float[Array, '']
-  row_steps: Float[Array, '']  # lanes x steps
-  sampled: Float[Array, '']  # tokens, in all lanes
-  reads: Float[Array, '']  # chunks read, one lane of each group
-  read_slots: Float[Array, '']  # their tokens, padding included
-  read: Float[Array, '']  # without padding
+  steps: Int[Array, '']
+  row_steps: Int[Array, '']  # lanes x steps
+  sampled: Int[Array, '']  # tokens, in all lanes
+  reads: Int[Array, '']  # chunks read, one lane of each group
+  read_slots: Int[Array, '']  # their tokens, padding included
+  read: Int[Array, '']  # without padding
 
   @classmethod
   def none(cls):
     """All zero."""
-    return cls(*[jnp.zeros((), jnp.float32)] * 6)
+    return cls(*[jnp.zeros((), jnp.int32)] * 6)
 
   @property
   def utilisation(self) -> Float[Array, '']:
@@ -78,17 +78,20 @@ def go(
 ) -> Talk:
   """Runs until every lane is idle or waits for the host.
 
-  `patience` groups with a lane that wants to read make one read, or fewer
-  where nobody speaks.
+  A read begins when `patience` groups have a lane that wants one, or all that
+  are not done, or when nobody speaks.
   """
 
   def busy(talk):
     return jnp.any(talk.lanes.speaking | talk.lanes.reading)
 
   def wants(talk):
-    count = jnp.sum(jnp.any(talk.lanes.reading, axis=1))
-    silent = ~jnp.any(talk.lanes.speaking)
-    return (count >= patience) | silent & (count > 0)
+    lanes = talk.lanes
+    count = jnp.sum(jnp.any(lanes.reading, axis=1))
+    held = jnp.sum(jnp.any(lanes.reading | lanes.speaking, axis=1))
+    silent = ~jnp.any(lanes.speaking)
+    enough = (count >= jnp.minimum(patience, held)) | silent
+    return enough & (count > 0)
 
   def body(talk):
     talk = jax.lax.while_loop(
@@ -145,7 +148,7 @@ def _step(speakers, rules, given, talk):
     def feed(voice, speaker=speaker, mine=mine):
       place = jnp.where(mine, position.reshape(-1), -1)
       hidden, cache = speaker.read(
-        voice.caches[0], token[:, None], place[:, None]
+        voice.caches[0], token[:, None], place[:, None], seat.reshape(-1)
       )
       hidden = jnp.where(mine[:, None], hidden[:, 0], voice.hidden)
       return voice.replace(hidden=hidden, caches=(cache, *voice.caches[1:]))
@@ -159,7 +162,6 @@ def _step(speakers, rules, given, talk):
     rows = jnp.where(fed.reshape(-1), jnp.arange(batch), batch)
     seen = seen.at[rows, token].set(True, mode='drop')
   said, lanes = move(rules, given, said, lanes.replace(read=read), ended)
-  count = lambda x: jnp.sum(x, dtype=jnp.float32)
   usage = talk.usage
   return Talk(
     said=said,
@@ -169,7 +171,7 @@ def _step(speakers, rules, given, talk):
     usage=usage.replace(
       steps=usage.steps + 1,
       row_steps=usage.row_steps + batch,
-      sampled=usage.sampled + count(speaking),
+      sampled=usage.sampled + jnp.sum(speaking, dtype=jnp.int32),
     ),
   )
 
@@ -233,7 +235,7 @@ def _read(speakers, rules, given, talk, chunk):
     usage=usage.replace(
       reads=usage.reads + 1,
       read_slots=usage.read_slots + groups * chunk,
-      read=usage.read + jnp.sum(inside, dtype=jnp.float32),
+      read=usage.read + jnp.sum(inside, dtype=jnp.int32),
     ),
   )
 
@@ -261,7 +263,7 @@ def _hear(
     there = mine & (_pick(voice.front, groups, source) != seat)
     cache = _choose(there, other[0], cache)
     other = [_choose(mine & (front != seat), *own)]
-  hidden, cache = speaker.read(cache, tokens, positions)
+  hidden, cache = speaker.read(cache, tokens, positions, seat)
   hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
   before = _pick(voice.hidden, groups, lane)
   hidden = jnp.where(done[:, None], hidden, before)
@@ -336,7 +338,7 @@ def _keys(given, lanes):
 
 def _settings(rules, given, lanes):
   """How each row draws, `[B ...]`; the table of strings is for all."""
-  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  flat = lambda x: x.reshape(lanes.phase.size, *x.shape[2:])
   bare = rules.replace(table=None)
   sampling = jax.tree.map(flat, _each(lanes_.settings, bare)(given, lanes))
   if rules.table is None:

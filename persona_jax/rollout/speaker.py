@@ -21,7 +21,8 @@ class Speaker:
 
   `who` names the seats that it speaks for, by default the one of its place
   among the speakers. One that speaks for two seats reads its weights once for
-  both; `sampling` may then be a pair.
+  both; `sampling` may then be a pair, and `own` holds collections that differ,
+  their leaves with an axis of seats in front (`edits.by_seat`).
   """
 
   variables: PyTree
@@ -30,10 +31,16 @@ class Speaker:
   unembed: Callable = struct.field(pytree_node=False)
   memory: Callable = struct.field(pytree_node=False)  # (batch, size) -> cache
   who: tuple[int, ...] = struct.field(pytree_node=False, default=())
+  own: PyTree = None
 
-  def read(self, cache, tokens, positions):
-    """The normed hidden states of `tokens`, and the cache with them."""
-    return self.apply(self.variables, tokens, positions, cache)
+  def read(self, cache, tokens, positions, seat):
+    """The normed hidden states of each row's seat, and the cache with them."""
+    variables = self.variables
+    if self.own is not None:
+      place = jnp.argmax(seat[:, None] == jnp.array(self.who)[None], axis=1)
+      own = jax.tree.map(lambda x: x[place], self.own)
+      variables = {**variables, **own}
+    return self.apply(variables, tokens, positions, cache)
 
   def logits(self, hidden):
     """float32 logits of the next token."""
