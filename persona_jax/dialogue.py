@@ -52,6 +52,9 @@ class Dialogue:
   sample: Int[Array, ' B']
   live: Bool[Array, ' B']  # False for rows that only fill up a batch
   played: Played | None = None
+  # What the speaker's model kept of each token as it was said, by layer; zero
+  # for the last token of a line, which is read with the next.
+  kept: Float[Array, 'B N T L'] | None = None
 
   @property
   def body(self) -> Int[Array, 'B N']:

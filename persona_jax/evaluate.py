@@ -91,7 +91,7 @@ def run_arm(
   """
   key = jax.random.fold_in(jax.random.key(config.seed), 2)
   variables = lab.variables(policy, caps)
-  speakers = (lab.partner, lab.speaker(variables))
+  speakers = lab.cast(variables)
   probes = edits.probes(jnp.asarray(axis))
   probed = lab.variables(policy, edits.merged(caps, probes))
   parts = []

@@ -11,7 +11,7 @@ import numpy as np
 
 from persona_jax import data, masked, models, rollout, taps, trees
 from persona_jax.activations import edits, space
-from persona_jax.dialogue import POLICY, Dialogue, view
+from persona_jax.dialogue import PARTNER, POLICY, Dialogue, view
 from persona_jax.learn.logprobs import token_logprobs
 from persona_jax.models import cache as caches
 from persona_jax.models import decoder, lora
@@ -94,6 +94,25 @@ class Lab:
     """The untrained, free model as a speaker."""
     return self.speaker(self.base)
 
+  def cast(self, variables) -> tuple[Speaker, ...]:
+    """The partner and a policy with `variables`, as `converse` takes them.
+
+    If their caps alone differ, one speaker has both seats: each pass over the
+    weights serves both.
+    """
+    ours = variables['params'] is self.model.variables['params']
+    if not ours or 'lora' in variables:
+      return self.partner, self.speaker(variables)
+    apart = [
+      _apart({'edits': x})['edits'] for x in (self.free, variables['edits'])
+    ]
+    speaker = self.partner.replace(
+      variables={'params': self._weights},
+      own=edits.by_seat(*apart),
+      who=(PARTNER, POLICY),
+    )
+    return (speaker,)
+
   @functools.cached_property
   def _memory(self):
     return functools.partial(caches.empty, self.model.config, dtype=self.dtype)
@@ -101,12 +120,12 @@ class Lab:
   @functools.cached_property
   def converse(self):
     """`rollout.converse`, compiled; `lines` and `tokens` are static."""
-    return jax.jit(rollout.converse, static_argnames=('lines', 'tokens'))
+    return jax.jit(rollout.converse, static_argnames=rollout.STATIC)
 
   @functools.cached_property
   def reply(self):
     """`rollout.reply`, compiled; `tokens` is static."""
-    return jax.jit(rollout.reply, static_argnames='tokens')
+    return jax.jit(rollout.reply, static_argnames=rollout.STATIC)
 
   @functools.cached_property
   def pooled(self):

@@ -141,8 +141,9 @@ def _rollout(lab: Lab, config, trained, step: int, params) -> Dialogue:
   )
   key = jax.random.fold_in(jax.random.key(config.seed), 3)
   policy = lab.variables(trained.policy(params), lab.free)
-  speakers = (lab.partner, lab.speaker(policy))
-  return lab.talk(key, speakers, scenario, lines=rl.lines, tokens=size.tokens)
+  return lab.talk(
+    key, lab.cast(policy), scenario, lines=rl.lines, tokens=size.tokens
+  )
 
 
 def _judged(lab, terms, said):

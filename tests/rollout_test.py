@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 from persona_jax import dialogue as dialogues
-from persona_jax.rollout import Sampling, Speaker, reply
+from persona_jax.rollout import (
+  STATIC,
+  Sampling,
+  Speaker,
+  bucketed,
+  converse,
+  reply,
+)
+from persona_jax.rollout import speaker as speakers
 from persona_jax.rollout.speaker import take
 
 BATCH, LINES, TOKENS = 5, 5, 6
@@ -301,3 +309,35 @@ def test_replies_do_not_depend_on_the_batch(key):
     lines[1].tokens[live], lines[0].tokens[rows[live]]
   )
   assert lines[1].length[2] == 0 and not lines[1].tokens[2].any()
+
+
+# Shapes.
+
+
+def test_buckets_are_few_and_hold_what_they_should():
+  sizes = [speakers.bucket(size) for size in range(1, 1000)]
+  assert all(size <= b for size, b in enumerate(sizes, 1))
+  assert all(b <= 1.5 * size for size, b in enumerate(sizes, 1) if size > 2)
+  assert sorted(set(sizes))[:9] == [1, 2, 3, 4, 6, 8, 12, 16, 24]
+
+
+def test_an_epoch_of_many_sizes_compiles_few_programs(key):
+  counted = fakes.Counted(converse)
+  run = jax.jit(counted, static_argnames=STATIC)
+  rng = np.random.default_rng(0)
+  for _ in range(12):
+    rows, prompt = rng.integers(5, 7), rng.integers(5, 9)
+    scenario = fakes.scenario(rows)
+    scenario = scenario.replace(
+      prompts=jnp.resize(scenario.prompts, (rows, 2, prompt)),
+      prompt_length=jnp.minimum(scenario.prompt_length, prompt),
+    )
+    fitted = bucketed(scenario, tokens=TOKENS)
+    wide = fitted.ids.shape[0]
+    both = cast(temperature=jnp.ones(wide))
+    said = run(key, both, fakes.FRAMES, fitted, lines=3, tokens=TOKENS)
+    assert said.length[:rows, 1:].all() and not said.length[rows:].any()
+  assert counted.traces <= 2  # prompts of 6 and of 8 tokens, rows of 6
+  both = cast(temperature=jnp.ones(rows))
+  plain = run(key, both, fakes.FRAMES, scenario, lines=3, tokens=TOKENS)
+  np.testing.assert_array_equal(said.tokens[:rows], plain.tokens)

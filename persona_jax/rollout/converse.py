@@ -17,6 +17,9 @@ from persona_jax.rollout.loop import Talk, Usage
 from persona_jax.rollout.sampling import Sampling
 from persona_jax.rollout.speaker import Scenario, Speaker
 
+PLAN = ('lanes', 'groups', 'width', 'chunk', 'patience')
+STATIC = ('lines', 'tokens', *PLAN)
+
 
 @struct.dataclass
 class Stage:
@@ -28,6 +31,7 @@ class Stage:
   scenario: Scenario
   lanes: int = struct.field(pytree_node=False)
   chunk: int = struct.field(pytree_node=False)
+  width: int = struct.field(pytree_node=False)
   patience: int = struct.field(pytree_node=False)
 
 
@@ -45,9 +49,9 @@ def converse(
   """B dialogues of at most `lines` lines of at most `tokens` tokens.
 
   The seats take turns, beginning with `scenario.opening`. Each speaker keeps
-  its cache: nothing is read twice. Jit it with all but the first four and
-  `environment` static (`rollout.compiled`). Keys come from scenario, sample,
-  line and token, so a scenario gives the same lines in any batch.
+  its cache: nothing is read twice. Jit it with `static_argnames=STATIC`. Keys
+  come from scenario, sample, line and token, so a scenario gives the same
+  lines in any batch.
 
   Args:
     key: names all draws, with the scenario.
@@ -58,7 +62,7 @@ def converse(
     lines: most lines of a dialogue, the opening included.
     tokens: most tokens of a line, its stop token included.
     environment: what hears every line (`rollout.environment`).
-    **plan: `lanes`, `groups`, `chunk` of `stage`: how, never what.
+    **plan: the names of `PLAN`, as `stage` has them: how, not what.
 
   Raises:
     ValueError: what is asked for does not fit together; see `stage`.
@@ -82,7 +86,7 @@ def converse_counted(
   """`converse`, and what it took."""
   if of.get('hosted'):
     raise ValueError(
-      f'hosted={of["hosted"]}: nobody gives the host\'s lines here; hold such '
+      f"hosted={of['hosted']}: nobody gives the host's lines here; hold such "
       'dialogues by `rollout.hosted.hold`.'
     )
   on = stage(key, speakers, frames, scenario, **of)
@@ -101,9 +105,10 @@ def stage(
   environment: Any = None,
   hosted: tuple[int, ...] = (),
   lanes: int | None = None,
-  groups: int | None = None,
+  groups: int = 1,
+  width: int | None = None,
   chunk: int | None = None,
-  patience: int | None = None,
+  patience: int = 4,
 ) -> Stage:
   """Everything that dialogues need, in the form in which they need it.
 
@@ -118,10 +123,11 @@ def stage(
     hosted: the seats whose lines the host gives.
     lanes: dialogues held at a time, by default all; a lane that ends one
       takes the next.
-    groups: one lane of each reads at a time; by default as many as divide the
-      lanes, up to 4. On a mesh, a multiple of the ways that rows are spread.
+    groups: of lanes, each with its part of the dialogues. On a mesh, a
+      multiple of the ways that rows are spread: nothing crosses a group.
+    width: lanes of a group that read together, by default a quarter.
     chunk: tokens read at a time, by default what is said and heard in a turn.
-    patience: groups that wait before they read, by default half of them.
+    patience: steps that a lane waits for others to read with it.
 
   Raises:
     ValueError: too few lines, an opening that is too long, no dialogue, lanes
@@ -131,7 +137,7 @@ def stage(
   _check(scenario, frames, lines, tokens)
   voices, speakers = _seats(speakers, len(frames), hosted)
   lanes = rows if lanes is None else min(lanes, rows)
-  groups = _groups(rows, lanes, groups)
+  _check_lanes(rows, lanes, groups)
   first = 0 if scenario.opening is None else 1
   _check_seats(voices, frames, first)
   environment = OpenConversation() if environment is None else environment
@@ -163,13 +169,15 @@ def stage(
   )
   if chunk is None:
     chunk = 2 * between.tokens.shape[-1] + tokens + 1
-  if patience is None:
-    patience = (groups + 1) // 2
-  if min(chunk, patience) < 1:
+  if width is None:
+    width = max(1, lanes // groups // 4)
+  if min(chunk, width, patience) < 1:
     raise ValueError(
-      f'chunk={chunk} and patience={patience} let nobody read; give 1 or more.'
+      f'chunk={chunk}, width={width} and patience={patience} let nobody read; '
+      'give 1 or more of each.'
     )
-  return Stage(speakers, rules, given, scenario, lanes, chunk, patience)
+  width = min(width, lanes // groups)
+  return Stage(speakers, rules, given, scenario, lanes, chunk, width, patience)
 
 
 def begin(on: Stage) -> Talk:
@@ -189,6 +197,7 @@ def begin(on: Stage) -> Talk:
     terminated=jnp.zeros(shape[:2], bool),
     truncated=jnp.zeros(shape[:2], bool),
     state=on.given.state,
+    kept=None,
   )
   if scenario.opening is not None:
     size = scenario.opening.shape[1]
@@ -200,11 +209,15 @@ def begin(on: Stage) -> Talk:
     )
   lanes = jax.vmap(lambda given: lanes_.begin(rules, given, each))(on.given)
   voices = tuple(_voice(speaker, on) for speaker in on.speakers)
+  kept = [voice.kept.shape[1] for voice in voices if voice.kept is not None]
+  if kept:
+    said = said.replace(kept=zeros(jnp.float32, rules.tokens, kept[0]))
   seen = None
   if on.given.sampling.repetition is not None:
     width = max(_vocab(x, v) for x, v in zip(on.speakers, voices, strict=True))
     seen = jnp.zeros((on.lanes, width), bool)
-  return Talk(said, lanes, voices, seen, Usage.none())
+  waited = jnp.zeros((), jnp.int32)
+  return Talk(said, lanes, voices, seen, waited, Usage.none())
 
 
 def go(on: Stage, talk: Talk) -> Talk:
@@ -215,6 +228,7 @@ def go(on: Stage, talk: Talk) -> Talk:
     on.given,
     talk,
     chunk=on.chunk,
+    width=on.width,
     patience=on.patience,
   )
 
@@ -244,6 +258,7 @@ def finish(on: Stage, talk: Talk) -> Dialogue:
     scenario=scenario.ids,
     sample=scenario.samples,
     live=scenario.live,
+    kept=said.kept,
     played=Played(said.reward, said.terminated, said.truncated, said.state),
   )
 
@@ -252,11 +267,14 @@ def _voice(speaker, on):
   caches = tuple(speaker.memory(on.lanes, on.rules.slots) for _ in speaker.who)
   nothing = jnp.zeros((on.lanes, 1), jnp.int32)
   seat = nothing[:, 0] + speaker.who[0]
-  hidden, _ = jax.eval_shape(speaker.read, caches[0], nothing, nothing, seat)
+  hidden, _, kept = jax.eval_shape(
+    speaker.read, caches[0], nothing, nothing, seat
+  )
   return loop.Voice(
     caches=caches,
     front=jnp.full(on.lanes, speaker.who[0], jnp.int32),
     hidden=jnp.zeros((on.lanes, hidden.shape[2]), hidden.dtype),
+    kept=kept and jnp.zeros((on.lanes, kept.shape[0]), kept.dtype),
   )
 
 
@@ -297,7 +315,7 @@ def _seats(speakers, seats, hosted):
 def _check_seats(voices, frames, first):
   if voices[first % len(voices)] == WORLD:
     raise ValueError(
-      f'line {first} is the first to be said and its seat the environment\'s, '
+      f"line {first} is the first to be said and its seat the environment's, "
       'which only answers; let a speaker begin.'
     )
   if len(voices) > 2:
@@ -357,19 +375,16 @@ def _strings(samplings, rows):
   return table, jnp.stack(starts, axis=1)
 
 
-def _groups(rows, lanes, groups):
-  if lanes < 1 or (groups is not None and groups < 1):
+def _check_lanes(rows, lanes, groups):
+  if min(lanes, groups) < 1:
     raise ValueError(
       f'lanes={lanes} in groups={groups} hold no dialogue; give 1 or more.'
     )
-  if groups is None:
-    groups = max(x for x in range(1, 5) if rows % x == 0 and lanes % x == 0)
   if rows % groups or lanes % groups:
     raise ValueError(
       f'groups={groups} does not divide {rows} dialogues in {lanes} lanes; '
       f'take a divisor of {math.gcd(rows, lanes)}.'
     )
-  return groups
 
 
 def _check(scenario, frames, lines, tokens):

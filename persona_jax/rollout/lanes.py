@@ -71,6 +71,7 @@ class Said:
   terminated: Bool[Array, '*R Q']
   truncated: Bool[Array, '*R Q']
   state: PyTree
+  kept: Float[Array, '*R Q N T L'] | None  # of each token, where it was read
 
 
 @struct.dataclass
@@ -164,6 +165,13 @@ def write(rules: Rules, given: Given, said: Said, lanes: Lanes, drawn):
   return said, lanes, lanes.speaking & (stop | full)
 
 
+def note(rules: Rules, said: Said, lanes: Lanes, kept, where) -> Said:
+  """Puts down what was kept of each lane's last token."""
+  del rules
+  at = (_rows(said, lanes, where), lanes.line, lanes.count - 1)
+  return said.replace(kept=said.kept.at[at].set(kept, mode='drop'))
+
+
 def write_line(said: Said, lanes: Lanes, line: Line, where) -> Said:
   """Puts a whole line where `where`, as one that was not sampled."""
   at = (_rows(said, lanes, where), lanes.line)
@@ -226,6 +234,29 @@ def world_key(keys: Key[Array, ' L']) -> Key[Array, ' L']:
   return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, _WORLD_KEY)
 
 
+def drop(rules: Rules, given: Given, said: Said, lanes: Lanes, where):
+  """Cuts short the dialogues of some lanes; each takes the next."""
+  row = _rows(said, lanes, where)
+  last = lambda old, new: old.at[row].set(new, mode='drop')
+  said = said.replace(
+    truncated=last(said.truncated, True),
+    state=jax.tree.map(last, said.state, lanes.state),
+  )
+  return said, _take_next(rules, given, lanes, where)
+
+
+def ready(rules: Rules, given: Given, lanes: Lanes) -> Bool[Array, ' L']:
+  """The lanes that may read: not those whose prompt an earlier one reads."""
+  seat = rules.seat(lanes.line)
+  own = jnp.take_along_axis(lanes.read, seat[:, None], axis=1)[:, 0]
+  length = given.prompt_length[lanes.row, seat]
+  under_way = lanes.reading & (own < length)
+  alike = _alike(given, lanes.row, seat, lanes.row, seat)
+  earlier = jnp.tri(lanes.row.shape[0], k=-1, dtype=bool)
+  follows = jnp.any(alike & earlier & under_way[None], axis=1)
+  return lanes.reading & ~(follows & (own == 0))
+
+
 def unread(
   rules: Rules, given: Given, said: Said, lanes: Lanes, lane
 ) -> Unread:
@@ -235,16 +266,14 @@ def unread(
   """
   row, line = lanes.row[lane], lanes.line[lane]
   seat = rules.seat(line)
-  prompts = given.prompts[lanes.row, seat]
-  length = given.prompt_length[lanes.row, seat]
-  slot = jnp.arange(prompts.shape[1])[None]
-  alike = (prompts == prompts[lane][None]) | (slot >= length[:, None])
-  alike = jnp.all(alike, axis=1) & (length == length[lane])
+  length = given.prompt_length[row, seat]
+  seats = jnp.full_like(lanes.row, seat)
+  alike = _alike(given, row[None], seat[None], lanes.row, seats)[0]
   alike &= (lanes.read[:, seat] >= length) & (length > 0)
   shared = (lanes.read[lane, seat] == 0) & jnp.any(alike)
   seen = text(
-    prompts[lane],
-    length[lane],
+    given.prompts[row, seat],
+    length,
     said.tokens[row],
     (said.length - said.stopped)[row],
     rules.seat(jnp.arange(rules.lines)) == seat,
@@ -252,7 +281,7 @@ def unread(
     line,
     rules.slots,
   )
-  start = jnp.where(shared, length[lane], lanes.read[lane, seat])
+  start = jnp.where(shared, length, lanes.read[lane, seat])
   return Unread(
     text=seen,
     seat=seat,
@@ -260,6 +289,19 @@ def unread(
     start=jnp.clip(start, 0, seen.length - 1),
     source=jnp.where(shared, jnp.argmax(alike), lane),
   )
+
+
+def _alike(given, rows, seats, others, their):
+  """Which prompts are the same as which, `[X Y]`."""
+  size = given.prompts.shape[2]
+  inside = lambda length: jnp.arange(size)[None] < length[:, None]
+  length = given.prompt_length[rows, seats]
+  theirs = given.prompt_length[others, their]
+  blank = lambda x, length: jnp.where(inside(length), x, -1)
+  left = blank(given.prompts[rows, seats], length)
+  right = blank(given.prompts[others, their], theirs)
+  same = jnp.all(left[:, None] == right[None], axis=2)
+  return same & (seats[:, None] == their[None])
 
 
 def _answered(rules, said, lanes, outcome, ended):

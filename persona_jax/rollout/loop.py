@@ -2,7 +2,7 @@
 
 One compiled program holds it all. A step decodes a token in every lane that
 speaks, whatever its line and dialogue; between steps lanes whose turn it is
-read what they have not read yet, a chunk at a time, one lane of each group.
+read what they have not read yet, a chunk at a time, some lanes of each group.
 """
 
 import functools
@@ -27,7 +27,7 @@ class Usage:
   steps: Int[Array, '']
   row_steps: Int[Array, '']  # lanes x steps
   sampled: Int[Array, '']  # tokens, in all lanes
-  reads: Int[Array, '']  # chunks read, one lane of each group
+  reads: Int[Array, '']  # passes over a chunk, some lanes of each group
   read_slots: Int[Array, '']  # their tokens, padding included
   read: Int[Array, '']  # without padding
 
@@ -54,6 +54,7 @@ class Voice:
   caches: tuple[Any, ...]
   front: Int[Array, ' B']  # the seat of the first cache
   hidden: Float[Array, 'B D']
+  kept: Float[Array, 'B L'] | None  # of the last token that was said
 
 
 @struct.dataclass
@@ -64,6 +65,7 @@ class Talk:
   lanes: Lanes
   voices: tuple[Voice, ...]
   seen: Bool[Array, 'B V'] | None  # tokens in the text of who speaks
+  waited: Int[Array, '']  # steps since a lane may read
   usage: Usage
 
 
@@ -74,28 +76,33 @@ def go(
   talk: Talk,
   *,
   chunk: int,
+  width: int,
   patience: int,
 ) -> Talk:
   """Runs until every lane is idle or waits for the host.
 
-  A read begins when `patience` groups have a lane that wants one, or all that
-  are not done, or when nobody speaks.
+  `width` lanes of each group read together. A read begins when as many wait,
+  or as large a share of those that are not done; when one has waited for
+  `patience` steps; and when nobody speaks.
   """
+  lanes = talk.lanes.phase.size
+  together = talk.lanes.phase.shape[0] * width
 
   def busy(talk):
     return jnp.any(talk.lanes.speaking | talk.lanes.reading)
 
   def wants(talk):
-    lanes = talk.lanes
-    count = jnp.sum(jnp.any(lanes.reading, axis=1))
-    held = jnp.sum(jnp.any(lanes.reading | lanes.speaking, axis=1))
-    silent = ~jnp.any(lanes.speaking)
-    enough = (count >= jnp.minimum(patience, held)) | silent
-    return enough & (count > 0)
+    speaking = jnp.sum(talk.lanes.speaking)
+    count = jnp.sum(_each(lanes_.ready, rules)(given, talk.lanes))
+    held = speaking + jnp.sum(talk.lanes.reading)
+    enough = (count * lanes >= held * together) | (talk.waited >= patience)
+    return (enough | (speaking == 0)) & (count > 0)
 
   def body(talk):
     talk = jax.lax.while_loop(
-      wants, lambda talk: _read(speakers, rules, given, talk, chunk), talk
+      wants,
+      lambda talk: _read(speakers, rules, given, talk, chunk, width),
+      talk,
     )
     return _step(speakers, rules, given, talk)
 
@@ -147,16 +154,25 @@ def _step(speakers, rules, given, talk):
 
     def feed(voice, speaker=speaker, mine=mine):
       place = jnp.where(mine, position.reshape(-1), -1)
-      hidden, cache = speaker.read(
+      hidden, cache, kept = speaker.read(
         voice.caches[0], token[:, None], place[:, None], seat.reshape(-1)
       )
       hidden = jnp.where(mine[:, None], hidden[:, 0], voice.hidden)
-      return voice.replace(hidden=hidden, caches=(cache, *voice.caches[1:]))
+      return voice.replace(
+        hidden=hidden,
+        caches=(cache, *voice.caches[1:]),
+        kept=None if kept is None else kept[..., 0].T,
+      )
 
     old = talk.voices[i]
     voices.append(
       feed(old) if len(speakers) == 1 else _when(jnp.any(mine), feed, old)
     )
+    if speaker.captures:
+      here = fed & (voice == i)
+      said = _each(lanes_.note, rules)(
+        said, lanes, voices[i].kept.reshape(*fed.shape, -1), here
+      )
   seen = talk.seen
   if seen is not None:
     rows = jnp.where(fed.reshape(-1), jnp.arange(batch), batch)
@@ -168,6 +184,7 @@ def _step(speakers, rules, given, talk):
     lanes=lanes,
     voices=tuple(voices),
     seen=seen,
+    waited=jnp.where(jnp.any(lanes.reading), talk.waited + 1, 0),
     usage=usage.replace(
       steps=usage.steps + 1,
       row_steps=usage.row_steps + batch,
@@ -176,14 +193,17 @@ def _step(speakers, rules, given, talk):
   )
 
 
-def _read(speakers, rules, given, talk, chunk):
-  """The next chunk of unread text of one lane in each group."""
+def _read(speakers, rules, given, talk, chunk, width):
+  """The next chunk of unread text of some lanes in each group."""
   lanes = talk.lanes
   groups = lanes.phase.shape[0]
-  lane = jnp.argmax(lanes.reading, axis=1)  # the first
-  wants = jnp.any(lanes.reading, axis=1)
-  text, seat, start, source = _each(lanes_.unread, rules)(
-    given, talk.said, lanes, lane
+  ready = _each(lanes_.ready, rules)(given, lanes)
+  lane = jnp.argsort(~ready, axis=1, stable=True)[:, :width]  # [R W]
+  wants = jnp.take_along_axis(ready, lane, axis=1).reshape(-1)
+  unread = jax.vmap(lanes_.unread, in_axes=(None, None, None, None, 0))
+  text, seat, start, source = jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[2:]),
+    _each(unread, rules)(given, talk.said, lanes, lane),
   )
   slot = start[:, None] + jnp.arange(chunk)[None]
   inside = (slot < text.length[:, None]) & wants[:, None]
@@ -191,111 +211,114 @@ def _read(speakers, rules, given, talk, chunk):
     text.tokens, jnp.minimum(slot, text.tokens.shape[1] - 1), axis=1
   )
   done = wants & (start + chunk >= text.length)
-  last = jnp.clip(text.length - 1 - start, 0, chunk - 1)
+  chunks = _Chunks(
+    groups=groups,
+    lane=jnp.where(wants, lane.reshape(-1), lanes.phase.shape[1]),
+    source=source,
+    seat=seat,
+    tokens=tokens,
+    positions=jnp.where(inside, slot, -1),
+    last=jnp.clip(text.length - 1 - start, 0, chunk - 1),
+    done=done,
+  )
   voice = jnp.array(rules.voices)[seat]
   voices = []
   for i, speaker in enumerate(speakers):
-    mine = wants & (voice == i)
-
-    def hear(old, speaker=speaker, mine=mine):
-      return _hear(
-        speaker,
-        old,
-        groups,
-        lane,
-        source,
-        mine,
-        done & mine,
-        seat,
-        tokens,
-        jnp.where(inside & mine[:, None], slot, -1),
-        last,
-      )
-
-    old = talk.voices[i]
+    old, mine = talk.voices[i], wants & (voice == i)
+    hear = functools.partial(_hear, speaker, chunks, mine)
     voices.append(
       hear(old) if len(speakers) == 1 else _when(jnp.any(mine), hear, old)
     )
-  end = jnp.minimum(start + chunk, text.length)
-  group = jnp.arange(groups)
   seen = talk.seen
   if seen is not None:
-    seen = _note(seen, groups, lane, done, text)
-  phase = jnp.where(done, lanes_.SPEAKING, lanes.phase[group, lane])
+    seen = _mark(seen, chunks, text)
+  end = jnp.minimum(start + chunk, text.length).reshape(groups, -1)
+  at = (jnp.arange(groups)[:, None], chunks.lane.reshape(groups, -1))
+  speaks = jnp.where(done, lanes_.SPEAKING, lanes_.READING)
   usage = talk.usage
   return talk.replace(
     lanes=lanes.replace(
-      read=lanes.read.at[group, lane, seat].set(
-        jnp.where(wants, end, lanes.read[group, lane, seat])
+      read=lanes.read.at[*at, seat.reshape(groups, -1)].set(end, mode='drop'),
+      phase=lanes.phase.at[at].set(
+        speaks.reshape(groups, -1).astype(jnp.int32), mode='drop'
       ),
-      phase=lanes.phase.at[group, lane].set(phase),
     ),
     voices=tuple(voices),
     seen=seen,
+    waited=jnp.zeros_like(talk.waited),
     usage=usage.replace(
       reads=usage.reads + 1,
-      read_slots=usage.read_slots + groups * chunk,
+      read_slots=usage.read_slots + tokens.size,
       read=usage.read + jnp.sum(inside, dtype=jnp.int32),
     ),
   )
 
 
-def _hear(
-  speaker,
-  voice,
-  groups,
-  lane,
-  source,
-  mine,
-  done,
-  seat,
-  tokens,
-  positions,
-  last,
-):
-  """A chunk read into one lane of each group, whose turn it is then."""
-  source = jnp.where(mine, source, lane)
-  front = _pick(voice.front, groups, lane)
+@struct.dataclass
+class _Chunks:
+  """What some lanes of each group are to read; C = R x W of them."""
+
+  lane: Int[Array, ' C']  # in its group; beyond the last: nothing to read
+  source: Int[Array, ' C']  # the lane whose cache is read on
+  seat: Int[Array, ' C']
+  tokens: Int[Array, 'C T']
+  positions: Int[Array, 'C T']
+  last: Int[Array, ' C']  # the slot of the last token
+  done: Bool[Array, ' C']  # nothing is unread then
+  groups: int = struct.field(pytree_node=False)
+
+
+def _hear(speaker, chunks, mine, voice):
+  """The chunks that are `mine`, read into their lanes; their turn is next."""
+  groups, seat = chunks.groups, chunks.seat
+  front = _pick(voice.front, groups, chunks.lane)
   (cache, *other), own = _picked(
-    voice.caches, groups, (source, lane), jnp.any(mine)
+    voice.caches, groups, (chunks.source, chunks.lane), jnp.any(mine)
   )
   if other:
-    there = mine & (_pick(voice.front, groups, source) != seat)
+    there = _pick(voice.front, groups, chunks.source) != seat
     cache = _choose(there, other[0], cache)
-    other = [_choose(mine & (front != seat), *own)]
-  hidden, cache = speaker.read(cache, tokens, positions, seat)
-  hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-  before = _pick(voice.hidden, groups, lane)
-  hidden = jnp.where(done[:, None], hidden, before)
+    other = [_choose(front != seat, *own)]
+  positions = jnp.where(mine[:, None], chunks.positions, -1)
+  hidden, cache, _ = speaker.read(cache, chunks.tokens, positions, seat)
+  last = chunks.last[:, None, None]
+  hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+  lane = jnp.where(mine, chunks.lane, voice.hidden.shape[0])
   put = lambda x, new: _put(x, groups, lane, new)
   return Voice(
     caches=tuple(
       jax.tree.map(put, old, new)
       for old, new in zip(voice.caches, (cache, *other), strict=True)
     ),
-    front=put(voice.front, jnp.where(mine, seat, front)),
-    hidden=put(voice.hidden, hidden),
+    front=put(voice.front, seat),
+    hidden=_put(
+      voice.hidden,
+      groups,
+      jnp.where(chunks.done, lane, voice.hidden.shape[0]),
+      hidden,
+    ),
+    kept=voice.kept,
   )
 
 
-def _note(seen, groups, lane, done, text):
+def _mark(seen, chunks, text):
   """Marks the tokens of the texts that were read to their end."""
   slot = jnp.arange(text.tokens.shape[1])[None]
-  vocab = seen.shape[1]
+  count, vocab = chunks.lane.shape[0], seen.shape[1]
   tokens = jnp.where(slot < text.length[:, None], text.tokens, vocab)
-  group = jnp.arange(groups)[:, None]
-  fresh = (
-    jnp.zeros((groups, vocab), bool).at[group, tokens].set(True, mode='drop')
-  )
-  old = _pick(seen, groups, lane)
-  return _put(seen, groups, lane, jnp.where(done[:, None], fresh, old))
+  fresh = jnp.zeros((count, vocab), bool)
+  fresh = fresh.at[jnp.arange(count)[:, None], tokens].set(True, mode='drop')
+  lane = jnp.where(chunks.done, chunks.lane, seen.shape[0])
+  return _put(seen, chunks.groups, lane, fresh)
 
 
 def _pick(tree, groups, lane):
-  """One row of each group, `[R ...]`."""
+  """Some rows of each group, `[C ...]`."""
 
   def pick(x):
-    return jax.vmap(lambda x, i: x[i])(_grouped(x, groups), lane)
+    rows = jax.vmap(lambda x, i: x.at[i].get(mode='clip'))
+    rows = rows(_grouped(x, groups), lane.reshape(groups, -1))
+    return rows.reshape(-1, *x.shape[1:])
 
   return jax.tree.map(pick, tree)
 
@@ -317,10 +340,11 @@ def _picked(tree, groups, lanes, wanted):
 
 
 def _put(x, groups, lane, new):
-  """`x` with one row of each group replaced."""
-  new = new.astype(x.dtype)
-  put = jax.vmap(lambda x, i, new: x.at[i].set(new))
-  return put(_grouped(x, groups), lane, new).reshape(x.shape)
+  """`x` with some rows of each group replaced; lanes beyond the last drop."""
+  put = jax.vmap(lambda x, i, new: x.at[i].set(new, mode='drop'))
+  new = _grouped(new.astype(x.dtype), groups)
+  rows = put(_grouped(x, groups), lane.reshape(groups, -1), new)
+  return rows.reshape(x.shape)
 
 
 def _grouped(x, groups):

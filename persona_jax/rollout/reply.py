@@ -20,6 +20,7 @@ class Reply:
   stopped: Bool[Array, ' B']
   logprobs: Float[Array, 'B T']
   raw_logprobs: Float[Array, 'B T']
+  kept: Float[Array, 'B T L'] | None  # as `Dialogue.kept`
 
   @property
   def body(self) -> Int[Array, ' B']:
@@ -79,4 +80,5 @@ def reply(
     stopped=said.stopped[:, 0],
     logprobs=said.logprobs[:, 0],
     raw_logprobs=said.raw_logprobs[:, 0],
+    kept=None if said.kept is None else said.kept[:, 0],
   )

@@ -23,6 +23,9 @@ class Speaker:
   among the speakers. One that speaks for two seats reads its weights once for
   both; `sampling` may then be a pair, and `own` holds collections that differ,
   their leaves with an axis of seats in front (`edits.by_seat`).
+
+  With `captures` its `apply` is one of `taps.keep`, and what it keeps of each
+  token it says, `[L B T]`, is in `Dialogue.kept`.
   """
 
   variables: PyTree
@@ -31,16 +34,21 @@ class Speaker:
   unembed: Callable = struct.field(pytree_node=False)
   memory: Callable = struct.field(pytree_node=False)  # (batch, size) -> cache
   who: tuple[int, ...] = struct.field(pytree_node=False, default=())
+  captures: bool = struct.field(pytree_node=False, default=False)
   own: PyTree = None
 
   def read(self, cache, tokens, positions, seat):
-    """The normed hidden states of each row's seat, and the cache with them."""
+    """`(hidden, cache, kept)`: the text read on, as each row's seat does."""
     variables = self.variables
     if self.own is not None:
       place = jnp.argmax(seat[:, None] == jnp.array(self.who)[None], axis=1)
       own = jax.tree.map(lambda x: x[place], self.own)
       variables = {**variables, **own}
-    return self.apply(variables, tokens, positions, cache)
+    out = self.apply(variables, tokens, positions, cache)
+    if self.captures:
+      (hidden, cache), kept = out
+      return hidden, cache, kept
+    return *out, None
 
   def logits(self, hidden):
     """float32 logits of the next token."""
@@ -76,3 +84,39 @@ class Scenario:
 def take(scenario: Scenario, rows: Int[Array, ' R']) -> Scenario:
   """Some rows of `scenario`."""
   return jax.tree.map(lambda x: jnp.asarray(x)[rows], scenario)
+
+
+def bucket(size: int) -> int:
+  """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is not below `size`."""
+  power = 1 << max(size - 1, 0).bit_length()
+  return power * 3 // 4 if 4 <= power and size <= power * 3 // 4 else power
+
+
+def bucketed(scenario: Scenario, *, tokens: int) -> Scenario:
+  """`scenario` in a shape that many share: few programs for an epoch.
+
+  Prompts and rows are rounded up (`bucket`), openings take `tokens`, the room
+  of a line. Added rows are not live: `[:rows]` of what comes out is yours.
+
+  Raises:
+    ValueError: an opening is longer than `tokens`.
+  """
+  rows, _, room = scenario.prompts.shape
+  more = bucket(rows) - rows
+  full = jax.tree.map(
+    lambda x: jnp.concatenate([x, jnp.repeat(x[:1], more, axis=0)]), scenario
+  )
+  wide = lambda x, size: jnp.pad(
+    x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]
+  )
+  opening = full.opening
+  if opening is not None and opening.shape[1] > tokens:
+    raise ValueError(
+      f'the openings have room for {opening.shape[1]} tokens, more than the '
+      f'{tokens} of a line; shorten them or raise the limit.'
+    )
+  return full.replace(
+    prompts=wide(full.prompts, bucket(room)),
+    opening=None if opening is None else wide(opening, tokens),
+    live=full.live & (jnp.arange(rows + more) < rows),
+  )
