@@ -163,7 +163,9 @@ def stage(
     prompt_length=split(scenario.prompt_length),
     sampling=jax.tree.map(split, _together(samplings)),
     strings=split(strings),
-    state=jax.tree.map(split, jax.vmap(environment.reset)(keys, scenario.task)),
+    state=jax.tree.map(
+      split, jax.vmap(environment.reset)(lanes_.world_key(keys), scenario.task)
+    ),
     order=jnp.argsort(~live, axis=1, stable=True).astype(jnp.int32),
     count=jnp.sum(live, axis=1, dtype=jnp.int32),
   )
@@ -210,6 +212,11 @@ def begin(on: Stage) -> Talk:
   lanes = jax.vmap(lambda given: lanes_.begin(rules, given, each))(on.given)
   voices = tuple(_voice(speaker, on) for speaker in on.speakers)
   kept = [voice.kept.shape[1] for voice in voices if voice.kept is not None]
+  if len(set(kept)) > 1:
+    raise ValueError(
+      f'the speakers keep {kept} numbers of a token; let one of them capture, '
+      'or as many.'
+    )
   if kept:
     said = said.replace(kept=zeros(jnp.float32, rules.tokens, kept[0]))
   seen = None
@@ -274,7 +281,7 @@ def _voice(speaker, on):
     caches=caches,
     front=jnp.full(on.lanes, speaker.who[0], jnp.int32),
     hidden=jnp.zeros((on.lanes, hidden.shape[2]), hidden.dtype),
-    kept=kept and jnp.zeros((on.lanes, kept.shape[0]), kept.dtype),
+    kept=None if kept is None else jnp.zeros((on.lanes, kept.shape[0])),
   )
 
 

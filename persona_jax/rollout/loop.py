@@ -271,14 +271,23 @@ class _Chunks:
 def _hear(speaker, chunks, mine, voice):
   """The chunks that are `mine`, read into their lanes; their turn is next."""
   groups, seat = chunks.groups, chunks.seat
-  front = _pick(voice.front, groups, chunks.lane)
-  (cache, *other), own = _picked(
-    voice.caches, groups, (chunks.source, chunks.lane), jnp.any(mine)
-  )
-  if other:
+
+  def pick(_):
+    """The caches to read on, and those that they change places with."""
+    one, *two = [_pick(x, groups, chunks.source) for x in voice.caches]
+    if not two:
+      return one, ()
     there = _pick(voice.front, groups, chunks.source) != seat
-    cache = _choose(there, other[0], cache)
-    other = [_choose(front != seat, *own)]
+    swap = _pick(voice.front, groups, chunks.lane) != seat
+    own = [_pick(x, groups, chunks.lane) for x in voice.caches]
+    return _choose(there, two[0], one), (_choose(swap, *own),)
+
+  # In a step of its own: XLA might pick again while it puts, and would keep a
+  # copy of whole caches to pick from.
+  blank = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pick, None)
+  )
+  cache, other = _when(jnp.any(mine), pick, blank)
   positions = jnp.where(mine[:, None], chunks.positions, -1)
   hidden, cache, _ = speaker.read(cache, chunks.tokens, positions, seat)
   last = chunks.last[:, None, None]
@@ -321,22 +330,6 @@ def _pick(tree, groups, lane):
     return rows.reshape(-1, *x.shape[1:])
 
   return jax.tree.map(pick, tree)
-
-
-def _picked(tree, groups, lanes, wanted):
-  """`_pick` of some lanes, in a step of its own.
-
-  Otherwise XLA may pick again while it puts, and keeps a copy of the whole
-  cache to pick from.
-  """
-
-  def pick(_):
-    return tuple(_pick(tree, groups, lane) for lane in lanes)
-
-  blank = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pick, None)
-  )
-  return _when(wanted, pick, blank)
 
 
 def _put(x, groups, lane, new):

@@ -96,12 +96,15 @@ def bucketed(scenario: Scenario, *, tokens: int) -> Scenario:
   """`scenario` in a shape that many share: few programs for an epoch.
 
   Prompts and rows are rounded up (`bucket`), openings take `tokens`, the room
-  of a line. Added rows are not live: `[:rows]` of what comes out is yours.
+  of a line. Added rows are not live: `[:rows]` of what comes out is yours. A
+  speaker's `Sampling` is for all rows, those with them.
 
   Raises:
-    ValueError: an opening is longer than `tokens`.
+    ValueError: no rows, or an opening is longer than `tokens`.
   """
   rows, _, room = scenario.prompts.shape
+  if rows == 0:
+    raise ValueError('the scenario has no rows; give at least one dialogue.')
   more = bucket(rows) - rows
   full = jax.tree.map(
     lambda x: jnp.concatenate([x, jnp.repeat(x[:1], more, axis=0)]), scenario
