@@ -139,7 +139,7 @@ def test_ended_dialogues_are_those_of_one_pass():
   assert usage.sampled == length[:, 1:].sum()
   new = lanes_test.unread(said, first=1)
   assert usage.read == new[length > 0].sum()
-  assert usage.steps < 0.75 * other.steps and usage.utilisation > 0.7
+  assert usage.steps < 0.75 * other.steps and usage.utilisation > 0.6
 
 
 def test_the_end_is_told_apart_from_a_cut():
@@ -192,7 +192,6 @@ def test_each_spoken_line_is_heard_once():
   check_log(said, inside() & (np.arange(LINES) > 0))
 
 
-@pytest.mark.xfail(strict=True, reason='`reset` gets the key of the lines')
 def test_its_keys_are_its_own(key):
   (said, _), _ = pair()
   log = jax.tree.map(np.asarray, said.played.state)
@@ -244,6 +243,28 @@ def test_a_third_voice_is_the_worlds():
 
 def test_three_seats_are_those_of_one_pass():
   lanes_test.check_small(three(), PAIR)
+
+
+@pytest.mark.parametrize('who', [0, 1])
+def test_three_seats_read_what_stands_between_lines(who):
+  said, frame = three(), FRAMES[who]
+  seen = lanes_test.view(said, who, frame)
+  length, body = np.asarray(said.length), np.asarray(said.body)
+  for row in range(BATCH):
+    prompt = np.asarray(said.prompts)[row, who]
+    text = prompt[: said.prompt_length[row, who]].tolist()
+    said_lines = 1 + np.flatnonzero(length[row])[-1]
+    for line in range(said_lines):
+      own, before = line % 3 == who, line > 0 and (line - 1) % 3 == who
+      between = frame.heard_to_own if own else frame.heard_to_heard
+      between = frame.own_to_heard if before else between
+      if line or own:  # the prompt ends where a line that is heard begins
+        text += between.tolist()
+      text += np.asarray(said.tokens)[row, line, : body[row, line]].tolist()
+    if said_lines < LINES and said_lines % 3 == who:
+      text += frame.heard_to_own.tolist()  # the cue of a line to come
+    np.testing.assert_array_equal(seen.tokens[row, : len(text)], text)
+    assert np.all(np.asarray(seen.positions)[row, len(text) :] == -1)
 
 
 def test_the_world_may_answer_one_speaker(key):

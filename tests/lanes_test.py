@@ -13,7 +13,7 @@ import pytest
 
 from persona_jax import dialogue as dialogues
 from persona_jax.models.config import DecoderConfig, Kind, Rope
-from persona_jax.rollout import Sampling, Scenario, Speaker
+from persona_jax.rollout import STATIC, Sampling, Scenario, Speaker
 from persona_jax.rollout.converse import converse_counted, stage
 from persona_jax.rollout.speaker import take
 from persona_jax.rollout.stops import stop_strings
@@ -26,7 +26,8 @@ FRAMES = (  # of different sizes, in tokens that no prompt holds
   dialogues.Frame(jnp.array([54]), jnp.array([55, 56]), jnp.array([57, 58])),
   None,  # the environment reads nothing
 )
-PLAN = ('lines', 'tokens', 'lanes', 'groups', 'chunk', 'patience')
+
+SOONER = {'xla_backend_optimization_level': 0}  # of LLVM; HLO is the same
 
 view = jax.jit(dialogues.view, static_argnums=1)
 
@@ -118,8 +119,8 @@ def held(key, speakers, scenario, *, frames=FRAMES[:2], **of):
 
 talk = jax.jit(
   held,
-  static_argnames=PLAN,
-  compiler_options={'xla_backend_optimization_level': 0},  # compiles sooner
+  static_argnames=STATIC,
+  compiler_options=SOONER,
 )
 
 
@@ -208,19 +209,28 @@ def one_by_one():
   for row in range(BATCH):
     row = jnp.array([row])
     samplings = [x.rows(row) for x in PAIR]
-    alone, _ = talk(jax.random.key(0), both(samplings), take(scenario, row))
+    alone, usage = talk(
+      jax.random.key(0), both(samplings), take(scenario, row), lanes=50
+    )
+    assert usage.utilisation == 1  # there are no lanes for other rows
     said.append(alone)
   fields = [vars(fakes.plain(x)) for x in said]
   joined = {k: np.concatenate([x[k] for x in fields]) for k in fields[0]}
   return types.SimpleNamespace(**joined)
 
 
+def plan(lanes, groups, width, chunk, patience):
+  return dict(
+    lanes=lanes, groups=groups, width=width, chunk=chunk, patience=patience
+  )
+
+
 PLANS = {
-  'all at once': {},
-  'one group': dict(lanes=4, groups=1, chunk=3),
-  'two groups': dict(lanes=4, groups=2, chunk=5, patience=1),
-  'groups of one': dict(lanes=4, groups=4, chunk=200, patience=4),
-  'token by token': dict(lanes=6, groups=2, chunk=1, patience=2),
+  'by default': {},
+  'one group': plan(4, 1, 1, 3, 4),
+  'two groups': plan(4, 2, 2, 5, 1),
+  'groups of one': plan(4, 4, 1, 200, 4),
+  'token by token': plan(6, 2, 2, 1, 2),
 }
 
 
@@ -232,9 +242,8 @@ def test_lanes_change_nothing(key, plan):
   assert usage.sampled == said.length[:, 1:].sum()
 
 
-@pytest.mark.parametrize('plan', ['one group', 'groups of one'])
-def test_one_speaker_for_two_seats_is_as_two(key, plan):
-  said, _ = talk(key, apart(PAIR), beginnings(), **PLANS[plan])
+def test_one_speaker_for_two_seats_is_as_two(key):
+  said, _ = talk(key, apart(PAIR), beginnings(), **PLANS['two groups'])
   assert_same(fakes.plain(said), one_by_one())
 
 
@@ -261,16 +270,6 @@ def test_nobody_is_live(key):
   assert not any(jax.tree.leaves(usage))
 
 
-def test_one_dialogue_needs_one_lane(key):
-  row = jnp.array([2])
-  samplings = [x.rows(row) for x in PAIR]
-  said, usage = talk(
-    key, both(samplings), take(beginnings(), row), lanes=50, groups=1
-  )
-  assert usage.utilisation == 1
-  assert_same(fakes.plain(said), rows_of(one_by_one(), row))
-
-
 # 4: what it takes
 
 
@@ -294,11 +293,11 @@ def unread(said, first):
   return out
 
 
-def scheduled(length, chunks, first, lanes, groups, patience):
+def scheduled(length, chunks, first, lanes, groups, width, patience):
   """`(steps, reads)` of the lines of `length`: the loop, slow and obvious."""
   queues = [list(x) for x in np.split(np.arange(len(length)), groups)]
-  lanes = [[None] * (lanes // groups) for _ in queues]
-  steps = reads = 0
+  held = [[None] * (lanes // groups) for _ in queues]
+  steps = reads = waited = 0
 
   def enter(row, line):
     if line == length.shape[1]:
@@ -311,50 +310,48 @@ def scheduled(length, chunks, first, lanes, groups, patience):
     }
 
   def refill():
-    for queue, group in zip(queues, lanes, strict=True):
+    for queue, group in zip(queues, held, strict=True):
       for i, lane in enumerate(group):
         if lane is None and queue:
           group[i] = enter(queue.pop(0), first)
 
   refill()
-  while any(lane for group in lanes for lane in group):
-    while True:
-      reading = [[x for x in group if x and x['chunks']] for group in lanes]
-      count = sum(map(bool, reading))
-      speaking = [x for group in lanes for x in group if x and not x['chunks']]
-      held = sum(map(any, lanes))
-      if not count or (speaking and count < min(patience, held)):
-        break
-      reads += 1
+  while busy := sum(lane is not None for group in held for lane in group):
+    reading = [[x for x in group if x and x['chunks']] for group in held]
+    count = sum(map(len, reading))
+    enough = count / busy >= groups * width / lanes
+    if count and (enough or waited >= patience or count == busy):
+      reads, waited = reads + 1, 0
       for group in reading:
-        if group:
-          group[0]['chunks'] -= 1
+        for lane in group[:width]:
+          lane['chunks'] -= 1
+      continue
     steps += 1
-    for group in lanes:
+    for group in held:
       for i, lane in enumerate(group):
         if lane and not lane['chunks']:
           lane['left'] -= 1
           if not lane['left']:
             group[i] = enter(lane['row'], lane['line'] + 1)
     refill()
+    waits = any(x and x['chunks'] for group in held for x in group)
+    waited = waited + 1 if waits else 0
   return steps, reads
 
 
 @pytest.mark.parametrize('plan', ['one group', 'two groups', 'token by token'])
 def test_usage_is_what_it_took(key, plan):
-  plan = PLANS[plan]
+  plan = dict(PLANS[plan])
   said, usage = talk(key, both(PAIR), beginnings(), **plan)
-  new = unread(said, first=1)
-  chunks = -(-new // plan['chunk'])
-  groups, patience = plan['groups'], plan.get('patience', 1)
-  length = np.asarray(said.length)
-  steps, reads = scheduled(length, chunks, 1, plan['lanes'], groups, patience)
+  new, chunk = unread(said, first=1), plan.pop('chunk')
+  chunks, length = -(-new // chunk), np.asarray(said.length)
+  steps, reads = scheduled(length, chunks, 1, **plan)
   assert usage.sampled == length[:, 1:].sum()
   assert usage.read == new.sum()
   assert (usage.steps, usage.reads) == (steps, reads)
   assert usage.row_steps == steps * plan['lanes']
-  assert usage.read_slots == reads * groups * plan['chunk']
-  if groups == 1:
+  assert usage.read_slots == reads * plan['groups'] * plan['width'] * chunk
+  if plan['groups'] * plan['width'] == 1:
     assert reads == chunks.sum()
 
 
@@ -384,13 +381,7 @@ def scripted(variables, hidden):
   return 9.0 * jax.nn.one_hot(token, variables['room'].shape[0])
 
 
-SLOW = pytest.mark.xfail(
-  strict=True, reason='0.83: by default a lane waits for that of another group'
-)
-
-
-@pytest.mark.parametrize('patience', [1, pytest.param(None, marks=SLOW)])
-def test_lanes_hardly_idle(patience):
+def test_lanes_hardly_idle():
   rng = np.random.default_rng(0)
   rows, lines, tokens, lanes = 64, 8, 48, 8
   lengths = np.exp(rng.normal(np.log(17), 0.65, (rows, lines)))
@@ -432,7 +423,6 @@ def test_lanes_hardly_idle(patience):
     lines=lines,
     tokens=tokens,
     lanes=lanes,
-    patience=patience,
   )
   np.testing.assert_array_equal(said.length, lengths)
   place = np.arange(tokens) - lengths[..., None] + 1
@@ -473,7 +463,7 @@ FULL = (
     strings=stop_strings(STRINGS[1], WORDS),
   ),
 )
-ALL = dict(lanes=4, groups=2, chunk=5)
+ALL = dict(lanes=4, groups=2, width=2, chunk=5)
 
 
 def test_settings_are_those_of_row_and_seat(key):
@@ -540,6 +530,7 @@ def alike(scenario, which):
   )
 
 
+SHARING = dict(groups=2, width=3, chunk=3)
 # Rows of a group share a seat's prompt, both, or none; so do some of another.
 WHICH = np.array(
   [[0, 0], [0, 1], [2, 1], [0, 0], [2, 4], [5, 5]]
@@ -550,8 +541,7 @@ WHICH = np.array(
 @pytest.mark.parametrize('speakers', [both, apart])
 def test_a_shared_prompt_is_read_once_in_a_group(key, speakers):
   scenario = alike(beginnings(), WHICH)
-  plan = dict(groups=2, chunk=3, patience=1)
-  said, usage = talk(key, speakers(PAIR), scenario, **plan)
+  said, usage = talk(key, speakers(PAIR), scenario, **SHARING)
   check_small(said, PAIR)
   saved = 0
   for group in np.split(np.arange(BATCH), 2):
@@ -568,7 +558,7 @@ def test_a_shared_prompt_is_read_once_in_a_group(key, speakers):
 
 def test_shared_prompts_change_nothing_in_few_lanes(key):
   scenario = alike(beginnings(), WHICH)
-  said, _ = talk(key, both(PAIR), scenario, groups=2, chunk=3, patience=1)
+  said, _ = talk(key, both(PAIR), scenario, **SHARING)
   few, usage = talk(key, both(PAIR), scenario, **PLANS['two groups'])
   assert_same(fakes.plain(few), fakes.plain(said))
   assert usage.read < unread(said, first=1).sum()
@@ -578,10 +568,10 @@ def test_shared_prompts_change_nothing_in_few_lanes(key):
 
 SMALL = DecoderConfig(
   vocab=VOCAB,
-  features=8,
+  features=16,
   layers=1,
-  heads=2,
-  kv_heads=1,
+  heads=4,
+  kv_heads=2,
   head_dim=4,
   hidden=8,
   kinds=(Kind(Rope(500.0)),),
@@ -653,47 +643,50 @@ def compiled(fn, *args):
     out, out_tree = jax.tree.flatten(fn(*tree.unflatten(leaves)))
     return out
 
-  program = jax.jit(flat).lower(*leaves).compile()
+  program = jax.jit(flat, compiler_options=SOONER).lower(*leaves).compile()
   return program.as_text(), out_tree.unflatten(program(*leaves))
 
 
-@functools.cache
-def small():
-  models = [fakes.tiny(SMALL, seed) for seed in (0, 1)]
-  return models, [fakes.caps(SMALL, seed) for seed in (0, 1)]
+ONE_HEAD = pytest.param(
+  1,
+  1,
+  1,
+  marks=pytest.mark.xfail(
+    strict=True, reason='XLA lays out a cache anew where it has one head'
+  ),
+)
 
 
-@pytest.mark.parametrize('groups', [1, 4])
-@pytest.mark.parametrize('count', [1, 2])
-def test_no_loop_copies_a_cache(key, count, groups):
-  models, caps = small()
-  speakers = [
+@pytest.mark.parametrize(
+  'count, groups, kv_heads',
+  [(1, 1, 2), (1, 4, 2), (2, 1, 2), (2, 4, 2), ONE_HEAD],
+)
+def test_no_loop_copies_a_cache(key, count, groups, kv_heads):
+  config = dataclasses.replace(SMALL, kv_heads=kv_heads)
+  models = [fakes.tiny(config, seed) for seed in range(count)]
+  caps = [fakes.caps(config, seed) for seed in range(count)]
+  speakers = tuple(
     Speaker(
       variables=fakes.with_edits(model.unstacked, cap),
-      sampling=sampling,
+      sampling=sampling if count == 2 else PAIR,
       apply=model.edited,
       unembed=model.unembed,
       memory=model.memory,
+      who=() if count == 2 else (0, 1),
     )
-    for model, cap, sampling in zip(models, caps, PAIR, strict=True)
-  ]
-  if count == 1:
-    models = models[0], models[0]
-    caps = caps[0], caps[0]
-    one = dataclasses.replace(speakers[0], who=(0, 1), sampling=PAIR)
-    speakers = one, None
-  plan = dict(lanes=4, groups=groups, chunk=6)
-  fn = functools.partial(held, **plan)
-  text, (said, _) = compiled(fn, key, tuple(speakers), beginnings())
+    for model, cap, sampling in zip(models, caps, PAIR, strict=False)
+  )
+  lines, tokens = 8, 12  # a cache of more than one block
+  fn = functools.partial(held, groups=groups, lines=lines, tokens=tokens)
+  text, (said, _) = compiled(fn, key, speakers, beginnings())
   for who in range(2):
-    variables = fakes.with_edits(models[who].stacked, caps[who])
+    model, cap = models[who % count], caps[who % count]
+    variables = fakes.with_edits(model.stacked, cap)
     seen = view(said, who, FRAMES[who])
-    hidden, _ = models[who].run(variables, seen.tokens, seen.positions)
-    logits = models[who].unembed(variables, hidden)
-    check(said, who, seen, logits, PAIR[who])
-  frames = dialogues.pieces(*FRAMES[:2])
-  room = dialogues.slots(6, frames, LINES, TOKENS)
-  cache = jax.eval_shape(lambda: models[0].memory(4, room))
+    hidden, _ = model.run(variables, seen.tokens, seen.positions)
+    check(said, who, seen, model.unembed(variables, hidden), PAIR[who])
+  room = dialogues.slots(6, dialogues.pieces(*FRAMES[:2]), lines, tokens)
+  cache = jax.eval_shape(lambda: models[0].memory(BATCH, room))
   shapes = {x.shape for x in jax.tree.leaves(cache)}
   for shape in shapes:  # else nothing is asked
     assert f'f32[{",".join(map(str, shape))}]' in text
@@ -723,6 +716,19 @@ def test_groups_that_do_not_divide_are_refused(key, plan, most):
   match = f'groups={plan["groups"]} does not divide .* a divisor of {most}'
   with pytest.raises(ValueError, match=match):
     staged(key, **plan)
+
+
+@pytest.mark.parametrize('name', ['lanes', 'groups'])
+@pytest.mark.parametrize('count', [0, -1])
+def test_no_lanes_are_refused(key, name, count):
+  with pytest.raises(ValueError, match=f'{name}={count}.*give 1 or more'):
+    staged(key, **{name: count})
+
+
+@pytest.mark.parametrize('name', ['chunk', 'width', 'patience'])
+def test_reading_nothing_is_refused(key, name):
+  with pytest.raises(ValueError, match=f'{name}=0.*give 1 or more of each'):
+    staged(key, **{name: 0})
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from persona_jax import dialogue as dialogues
+from persona_jax import taps
+from persona_jax.activations import edits
 from persona_jax.rollout import (
   STATIC,
   Sampling,
@@ -341,3 +343,58 @@ def test_an_epoch_of_many_sizes_compiles_few_programs(key):
   both = cast(temperature=jnp.ones(rows))
   plain = run(key, both, fakes.FRAMES, scenario, lines=3, tokens=TOKENS)
   np.testing.assert_array_equal(said.tokens[:rows], plain.tokens)
+
+
+# One speaker for two seats.
+
+
+def both_seats(speaker, **changes):
+  return (dataclasses.replace(speaker, who=(0, 1), **changes),)
+
+
+def test_caps_differ_by_seat(key):
+  scenario = fakes.scenario(BATCH)
+  caps = fakes.caps(), fakes.caps(seed=1, low=-0.5, high=0.2)
+  apart = [
+    fakes.speaker(models[0], collection, BATCH, STOPS['some'])
+    for collection in caps
+  ]
+  own = edits.by_seat(*(x.variables['edits'] for x in apart))
+  together = both_seats(apart[0], own=own)
+  want = fakes.talk(key, tuple(apart), scenario)
+  assert_same_lines(fakes.talk(key, together, scenario), want)
+  free = fakes.speaker(models[0], fakes.no_caps(), BATCH, STOPS['some'])
+  other = fakes.talk(key, (free, free), scenario)
+  assert not np.array_equal(other.tokens, want.tokens)
+
+
+def project(tap, x):
+  return edits.projection(x, tap.get_variable('edits', 'probe')['axis'])
+
+
+KEEPING = taps.keep(models[0].apply, project)
+PROBES = edits.probes(jnp.asarray(fakes.axes()))
+
+
+def test_what_is_kept_of_each_token_is_that_of_one_pass(key):
+  scenario = fakes.scenario(BATCH)
+  speaker = fakes.speaker(models[0], PROBES, BATCH, STOPS['some'])
+  keeping = dataclasses.replace(speaker, apply=KEEPING, captures=True)
+  said = fakes.talk(key, both_seats(keeping), scenario)
+  plain = fakes.talk(key, both_seats(speaker), scenario)
+  np.testing.assert_array_equal(said.tokens, plain.tokens)
+  assert plain.kept is None
+  read = jax.jit(KEEPING)
+  # The last token of a line is read with the next one, and not kept.
+  fed = np.arange(TOKENS) < np.asarray(said.length)[..., None] - 1
+  fed[:, 0] = False
+  for who in range(2):
+    seen = view(said, who, fakes.FRAMES[who])
+    variables = fakes.with_edits(models[0].stacked, PROBES)
+    _, kept = read(variables, seen.tokens, seen.positions)  # [L B S]
+    place = np.asarray(seen.before).reshape(BATCH, -1) + 1
+    want = np.take_along_axis(np.asarray(kept), place[None], axis=2)
+    want = np.moveaxis(want.reshape(-1, BATCH, LINES, TOKENS), 0, -1)
+    mine = fed & (np.arange(LINES) % 2 == who)[:, None]
+    np.testing.assert_allclose(said.kept[mine], want[mine], atol=1e-5)
+  assert not said.kept[~fed].any() and np.all(np.any(said.kept[fed], axis=-1))
