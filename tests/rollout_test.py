@@ -398,3 +398,8 @@ def test_what_is_kept_of_each_token_is_that_of_one_pass(key):
     mine = fed & (np.arange(LINES) % 2 == who)[:, None]
     np.testing.assert_allclose(said.kept[mine], want[mine], atol=1e-5)
   assert not said.kept[~fed].any() and np.all(np.any(said.kept[fed], axis=-1))
+
+
+def test_settings_for_other_rows_are_refused(key):
+  with pytest.raises(ValueError, match='for 4 rows and the scenario has 5'):
+    fakes.talk(key, cast(temperature=jnp.ones(4)), fakes.scenario(BATCH))

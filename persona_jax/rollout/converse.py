@@ -127,7 +127,7 @@ def stage(
       multiple of the ways that rows are spread: nothing crosses a group.
     width: lanes of a group that read together, by default a quarter.
     chunk: tokens read at a time, by default what is said and heard in a turn.
-    patience: steps that a lane waits for others to read with it.
+    patience: steps without a read while a lane waits for others to join it.
 
   Raises:
     ValueError: too few lines, an opening that is too long, no dialogue, lanes
@@ -143,6 +143,7 @@ def stage(
   environment = OpenConversation() if environment is None else environment
   between = pieces(*frames)
   samplings = _samplings(speakers, voices)
+  _check_settings(samplings, rows)
   table, strings = _strings(samplings, rows)
   rules = Rules(
     environment=environment,
@@ -345,6 +346,16 @@ def _samplings(speakers, voices):
       sampling = sampling[who.index(seat) if voice >= 0 else 0]
     found.append(sampling)
   return found
+
+
+def _check_settings(samplings, rows):
+  for sampling in samplings:
+    given = sampling.temperature.shape[0]
+    if given != rows:
+      raise ValueError(
+        f'the sampling is for {given} rows and the scenario has {rows}; give '
+        'the settings of each dialogue (`Sampling.of`).'
+      )
 
 
 def _together(samplings):

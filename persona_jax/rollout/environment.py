@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 
 class Heard(NamedTuple):
-  """A line as the environment hears it, without its stop token."""
+  """A line as the environment hears it: its first `length` tokens."""
 
   tokens: Int[Array, ' T']
-  length: Int[Array, '']
+  length: Int[Array, '']  # without the stop token, which may follow
   line: Int[Array, '']  # counted from 0
   who: Int[Array, '']
 

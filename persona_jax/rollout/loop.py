@@ -82,8 +82,8 @@ def go(
   """Runs until every lane is idle or waits for the host.
 
   `width` lanes of each group read together. A read begins when as many wait,
-  or as large a share of those that are not done; when one has waited for
-  `patience` steps; and when nobody speaks.
+  or as large a share of those that are not done; when one waits and nothing
+  was read for `patience` steps; and when nobody speaks.
   """
   lanes = talk.lanes.phase.size
   together = talk.lanes.phase.shape[0] * width
@@ -374,7 +374,7 @@ def _wide(mask, x):
 
 
 def _when(condition, fn, state):
-  """`fn(state)` where the condition holds: a loop, which copies no buffers."""
+  """`fn(state)` where the condition holds: a loop of at most one round."""
   _, state = jax.lax.while_loop(
     lambda carry: carry[0],
     lambda carry: (jnp.zeros((), bool), fn(carry[1])),
