@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Key
 
@@ -81,18 +82,15 @@ def hold(
   A row that a voice has no line for ends there, truncated; the others do not
   notice. What a voice raises ends all. Lines of the host have no log-probs.
 
+  What is not named here is as in `converse`.
+
   Args:
-    key: as `converse`, like all that is not named here.
-    speakers: as `converse`; None for the seats of `voices`.
-    frames: as `converse`.
-    scenario: as `converse`.
+    speakers: None for the seats of `voices`.
     voices: who speaks for a seat.
     encode: the tokens of a line, none of them a control token
       (`Chat.encode`).
     decode: the words of a line's tokens (`Chat.decode`).
-    lines: as `converse`.
-    tokens: as `converse`; a longer line of the host is cut.
-    environment: as `converse`.
+    tokens: a longer line of the host is cut.
     clock: the time in seconds.
     **plan: the names of `converse.PLAN`.
 
@@ -189,9 +187,10 @@ def messages(
 
 def drop(on: Stage, talk: Talk, failed: Bool[Array, 'R L']) -> Talk:
   """`talk` without the dialogues of some lanes that wait: cut short."""
-  end = jax.vmap(functools.partial(lanes_.drop, on.rules))
+  end = jax.vmap(functools.partial(lanes_.end, on.rules))
   failed &= talk.lanes.phase == WAITING
-  said, lanes = end(on.given, talk.said, talk.lanes, failed)
+  at_end = jnp.zeros_like(failed)
+  said, lanes = end(on.given, talk.said, talk.lanes, failed, at_end)
   return talk.replace(said=said, lanes=lanes)
 
 

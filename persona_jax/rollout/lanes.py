@@ -165,9 +165,8 @@ def write(rules: Rules, given: Given, said: Said, lanes: Lanes, drawn):
   return said, lanes, lanes.speaking & (stop | full)
 
 
-def note(rules: Rules, said: Said, lanes: Lanes, kept, where) -> Said:
+def note(said: Said, lanes: Lanes, kept, where) -> Said:
   """Puts down what was kept of each lane's last token."""
-  del rules
   at = (_rows(said, lanes, where), lanes.line, lanes.count - 1)
   return said.replace(kept=said.kept.at[at].set(kept, mode='drop'))
 
@@ -197,7 +196,7 @@ def advance(rules: Rules, given: Given, said: Said, lanes: Lanes, ended):
   key = world_key(fold(given.keys[lanes.row], lanes.line))
   outcome = jax.vmap(rules.environment.step)(key, lanes.state, heard)
   row = _rows(said, lanes, ended)
-  keep = lambda new, old: jnp.where(_like(ended, new), new, old)
+  keep = lambda new, old: jnp.where(like(ended, new), new, old)
   lanes = lanes.replace(
     state=jax.tree.map(keep, outcome.state, lanes.state),
     line=lanes.line + ended,
@@ -209,15 +208,8 @@ def advance(rules: Rules, given: Given, said: Said, lanes: Lanes, ended):
   over = ended & (
     outcome.terminated | outcome.truncated | (lanes.line >= rules.lines)
   )
-  row = _rows(said, lanes, over)
-  last = lambda old, new: old.at[row].set(new, mode='drop')
-  said = said.replace(
-    terminated=last(said.terminated, outcome.terminated),
-    truncated=last(said.truncated, ~outcome.terminated),
-    state=jax.tree.map(last, said.state, lanes.state),
-  )
   lanes = _enter(rules, given, lanes, ended & ~over)
-  return said, _take_next(rules, given, lanes, over)
+  return end(rules, given, said, lanes, over, outcome.terminated)
 
 
 class Unread(NamedTuple):
@@ -234,12 +226,13 @@ def world_key(keys: Key[Array, ' L']) -> Key[Array, ' L']:
   return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, _WORLD_KEY)
 
 
-def drop(rules: Rules, given: Given, said: Said, lanes: Lanes, where):
-  """Cuts short the dialogues of some lanes; each takes the next."""
+def end(rules: Rules, given: Given, said: Said, lanes: Lanes, where, at_end):
+  """Ends the dialogues of some lanes, `at_end` or cut short; takes the next."""
   row = _rows(said, lanes, where)
   last = lambda old, new: old.at[row].set(new, mode='drop')
   said = said.replace(
-    truncated=last(said.truncated, True),
+    terminated=last(said.terminated, at_end),
+    truncated=last(said.truncated, ~at_end),
     state=jax.tree.map(last, said.state, lanes.state),
   )
   return said, _take_next(rules, given, lanes, where)
@@ -324,11 +317,11 @@ def _take_next(rules, given, lanes, free):
   row = given.order[jnp.minimum(place, queue - 1)]
   row = jnp.where(found, row, lanes.row)
   fresh = jax.tree.map(lambda x: x[row], given.state)
-  keep = lambda new, old: jnp.where(_like(found, new), new, old)
+  keep = lambda new, old: jnp.where(like(found, new), new, old)
   lanes = lanes.replace(
     row=row,
     line=jnp.where(found, rules.first, lanes.line),
-    read=jnp.where(_like(found, lanes.read), 0, lanes.read),
+    read=jnp.where(like(found, lanes.read), 0, lanes.read),
     state=jax.tree.map(keep, fresh, lanes.state),
     phase=jnp.where(free, IDLE, lanes.phase),
     begun=jnp.minimum(lanes.begun + jnp.sum(free), given.count),
@@ -354,5 +347,6 @@ def _rows(said, lanes, where):
   return jnp.where(where, lanes.row, said.length.shape[0])
 
 
-def _like(mask, x):
+def like(mask, x):
+  """`mask` with axes of one for all others of `x`."""
   return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))

@@ -170,7 +170,7 @@ def _step(speakers, rules, given, talk):
     )
     if speaker.captures:
       here = fed & (voice == i)
-      said = _each(lanes_.note, rules)(
+      said = jax.vmap(lanes_.note)(
         said, lanes, voices[i].kept.reshape(*fed.shape, -1), here
       )
   seen = talk.seen
@@ -366,11 +366,9 @@ def _settings(rules, given, lanes):
 
 
 def _choose(mask, yes, no):
-  return jax.tree.map(lambda x, y: jnp.where(_wide(mask, x), x, y), yes, no)
-
-
-def _wide(mask, x):
-  return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+  return jax.tree.map(
+    lambda x, y: jnp.where(lanes_.like(mask, x), x, y), yes, no
+  )
 
 
 def _when(condition, fn, state):
