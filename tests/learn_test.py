@@ -330,7 +330,7 @@ def test_microbatches_add_up_to_the_batch(variables, batch, update, weigh):
   once, whole = update(state, batch, weigh(batch), microbatches=1)
   for count in (2, 4):
     parts, metrics = update(state, batch, weigh(batch), microbatches=count)
-    chex.assert_trees_all_close(parts.params, once.params, atol=1e-6)
+    chex.assert_trees_all_close(parts.params, once.params, atol=1e-5)
     assert metrics.keys() == whole.keys()
     chex.assert_trees_all_close(metrics, whole, atol=1e-6, rtol=1e-5)
 
