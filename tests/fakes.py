@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from persona_jax import cache as caches
 from persona_jax import dialogue, taps, trees
 from persona_jax.activations import edits
 from persona_jax.models import cache, checkpoint, config, decoder, names
@@ -136,6 +137,22 @@ def axes(config=CONFIG, seed=0):
   axes = np.random.default_rng(seed).standard_normal(shape)
   axes /= np.linalg.norm(axes, axis=1, keepdims=True)
   return np.asarray(axes, np.float32)
+
+
+def memory(batch, size, blank=0):
+  """A cache of tokens, for speakers that are no decoder."""
+  slots = jnp.full((batch, 1, -(-size // 64) * 64, 1), blank, jnp.float32)
+  return caches.Cache(keys=(slots,), values=(slots,))
+
+
+def remember(memory, tokens, positions):
+  """The tokens so far, `[B S]`, and the cache with those that are new."""
+  new = tokens[:, :, None, None].astype(jnp.float32)
+  keys, values = caches.write(
+    *memory.keys, *memory.values, new, new, positions, memory.rows
+  )
+  slots = caches.pick(values, memory.rows)[:, 0, :, 0]
+  return slots.astype(jnp.int32), memory.replace(keys=(keys,), values=(values,))
 
 
 def caps(config=CONFIG, seed=0, low=0.3, high=0.6, first=0):

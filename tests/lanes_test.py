@@ -37,14 +37,13 @@ view = jax.jit(dialogues.view, static_argnums=1)
 
 def recall(variables, tokens, positions, cache):
   """Hidden states that any slot read, missed or left over would change."""
-  batch, size = cache.shape
-  slots = jnp.where(positions < 0, size, positions)
-  cache = cache.at[jnp.arange(batch)[:, None], slots].set(tokens, mode='drop')
-  age = positions[:, :, None] - jnp.arange(size)[None, None]
+  seen, cache = fakes.remember(cache, tokens, positions)
+  age = positions[:, :, None] - jnp.arange(seen.shape[1])[None, None]
+  batch = tokens.shape[0]
   turn = jnp.broadcast_to(variables['turn'], batch).reshape(batch, 1, 1, 1)
   angle = jnp.einsum('bts,e->btse', age, variables['speed']) + turn
   heard = jnp.where(age[..., None] < 0, 0, jnp.cos(angle))
-  hidden = jnp.einsum('btse,bse->bte', heard, variables['embed'][cache])
+  hidden = jnp.einsum('btse,bse->bte', heard, variables['embed'][seen])
   scale = jnp.sqrt(jnp.maximum(positions, 0) + 1.0)
   return hidden / scale[..., None], cache
 
@@ -53,8 +52,7 @@ def unembed(variables, hidden):
   return hidden @ variables['out']
 
 
-def memory(batch, size):
-  return jnp.full((batch, size), 7, jnp.int32)  # no slot is blank
+memory = functools.partial(fakes.memory, blank=7)  # no slot is blank
 
 
 @functools.cache
@@ -362,14 +360,12 @@ CUE, STOP, ROW = 2, 1, 10
 
 def recite(variables, tokens, positions, cache):
   """Row, line and place in the line, from the tokens so far."""
-  batch, size = cache.shape
-  slots = jnp.where(positions < 0, size, positions)
-  cache = cache.at[jnp.arange(batch)[:, None], slots].set(tokens, mode='drop')
-  slot = jnp.arange(size)[None, None]
-  cue = (cache[:, None] == CUE) & (slot <= positions[:, :, None])
+  seen, cache = fakes.remember(cache, tokens, positions)
+  slot = jnp.arange(seen.shape[1])[None, None]
+  cue = (seen[:, None] == CUE) & (slot <= positions[:, :, None])
   last = jnp.max(jnp.where(cue, slot, -1), axis=2)
-  line = 2 * jnp.sum(cue, axis=2) - 2 + cache[:, 1:2]
-  row = jnp.broadcast_to(cache[:, :1] - ROW, line.shape)
+  line = 2 * jnp.sum(cue, axis=2) - 2 + seen[:, 1:2]
+  row = jnp.broadcast_to(seen[:, :1] - ROW, line.shape)
   hidden = jnp.stack([row, line, positions - last], axis=2)
   return hidden.astype(jnp.float32), cache
 

@@ -10,7 +10,7 @@ import pytest
 import persona_jax
 
 ROOT = Path(persona_jax.__file__).parent
-GROUND = {'masked', 'trees', 'taps', 'dialogue', 'shapes', 'remote'}
+GROUND = {'masked', 'trees', 'taps', 'cache', 'dialogue', 'shapes', 'remote'}
 SIBLINGS = {
   'models',
   'text',

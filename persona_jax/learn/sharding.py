@@ -76,17 +76,23 @@ def by_rows(apply: Callable, mesh: Mesh) -> Callable:
     where = NamedSharding(mesh, P(('data', 'fsdp'), heads))
     return jax.lax.with_sharding_constraint(x, where)
 
+  def placed(cache):
+    if cache is None:
+      return None
+    keys, values = jax.tree.map(by_heads, (cache.keys, cache.values))
+    return cache.replace(keys=keys, values=values)
+
   def apply_by_rows(variables, tokens, positions, cache=None, **keywords):
     if tokens.shape[0] % ways:
       raise ValueError(
         f'{tokens.shape[0]} rows do not divide over the {ways} ways of data '
         'and fsdp; change the batch, the microbatches or the mesh.'
       )
-    cache = jax.tree.map(by_heads, cache)
+    cache = placed(cache)
     hidden, cache = apply(
       variables, place(tokens), place(positions), cache, **keywords
     )
-    return place(hidden), jax.tree.map(by_heads, cache)
+    return place(hidden), placed(cache)
 
   return apply_by_rows
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from persona_jax.models.cache import Cache
+from persona_jax.cache import Cache
 
 
 def softcap(x, cap: float | None):

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from persona_jax import cache as caches
+from persona_jax.cache import Cache
 from persona_jax.models import attention, rope
-from persona_jax.models import cache as caches
 from persona_jax.models import experts as mixtures
-from persona_jax.models.cache import Cache
 from persona_jax.models.config import DecoderConfig
 from persona_jax.taps import Tap
 
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
       x *= jnp.asarray(config.embed_scale, self.dtype)
     x, keys, values = layers(x, cache, contexts)
     if cache is not None:
-      cache = Cache(keys, values)
+      cache = cache.replace(keys=keys, values=values)
     return norm(config, 'norm')(x), cache
 
   def _block(self):
@@ -146,6 +146,7 @@ class Context(NamedTuple):
   positions: Int[Array, 'B T']
   rope: tuple[Float[Array, 'B T E'], Float[Array, 'B T E']]  # cosine, sine
   mask: Bool[Array, 'B T S']
+  rows: Int[Array, 'R W'] | None  # of the cache
 
 
 def _context(config, kind, positions, cache) -> Context:
@@ -153,6 +154,7 @@ def _context(config, kind, positions, cache) -> Context:
     positions=positions,
     rope=rope.angles(positions, kind.rope, config.head_dim),
     mask=attention.mask(positions, cache, kind.window),
+    rows=None if cache is None else cache.rows,
   )
 
 
@@ -219,8 +221,10 @@ class Attention(nn.Module):
     if memory is None:
       keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     else:
-      keys, values = caches.write(*memory, keys, values, context.positions)
-      memory = (keys, values)
+      memory = caches.write(
+        *memory, keys, values, context.positions, context.rows
+      )
+      keys, values = caches.pick(memory, context.rows)
     weights = Tap(context.positions, name='attn_weights')(
       attention.weights(
         queries,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from persona_jax import cache as caches
 from persona_jax.rollout import lanes as lanes_
 from persona_jax.rollout.lanes import Given, Lanes, Rules, Said
 from persona_jax.rollout.sampling import sample
@@ -212,7 +213,6 @@ def _read(speakers, rules, given, talk, chunk, width):
   )
   done = wants & (start + chunk >= text.length)
   chunks = _Chunks(
-    groups=groups,
     lane=jnp.where(wants, lane.reshape(-1), lanes.phase.shape[1]),
     source=source,
     seat=seat,
@@ -220,6 +220,8 @@ def _read(speakers, rules, given, talk, chunk, width):
     positions=jnp.where(inside, slot, -1),
     last=jnp.clip(text.length - 1 - start, 0, chunk - 1),
     done=done,
+    used=jnp.max(lanes.read),
+    groups=groups,
   )
   voice = jnp.array(rules.voices)[seat]
   voices = []
@@ -265,49 +267,52 @@ class _Chunks:
   positions: Int[Array, 'C T']
   last: Int[Array, ' C']  # the slot of the last token
   done: Bool[Array, ' C']  # nothing is unread then
+  used: Int[Array, '']  # slots that some cache holds
   groups: int = struct.field(pytree_node=False)
 
 
 def _hear(speaker, chunks, mine, voice):
   """The chunks that are `mine`, read into their lanes; their turn is next."""
-  groups, seat = chunks.groups, chunks.seat
-
-  def pick(_):
-    """The caches to read on, and those that they change places with."""
-    one, *two = [_pick(x, groups, chunks.source) for x in voice.caches]
-    if not two:
-      return one, ()
-    there = _pick(voice.front, groups, chunks.source) != seat
-    swap = _pick(voice.front, groups, chunks.lane) != seat
-    own = [_pick(x, groups, chunks.lane) for x in voice.caches]
-    return _choose(there, two[0], one), (_choose(swap, *own),)
-
-  # In a step of its own: XLA might pick again while it puts, and would keep a
-  # copy of whole caches to pick from.
-  blank = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(pick, None)
-  )
-  cache, other = _when(jnp.any(mine), pick, blank)
+  beyond = voice.hidden.shape[0]
+  rows = jnp.where(mine, chunks.lane, beyond).reshape(chunks.groups, -1)
+  cache, *others = _turned(chunks, rows, voice)
   positions = jnp.where(mine[:, None], chunks.positions, -1)
-  hidden, cache, _ = speaker.read(cache, chunks.tokens, positions, seat)
+  hidden, cache, _ = speaker.read(
+    cache.replace(rows=rows), chunks.tokens, positions, chunks.seat
+  )
   last = chunks.last[:, None, None]
   hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-  lane = jnp.where(mine, chunks.lane, voice.hidden.shape[0])
-  put = lambda x, new: _put(x, groups, lane, new)
+  done = jnp.where(chunks.done.reshape(rows.shape), rows, beyond)
   return Voice(
-    caches=tuple(
-      jax.tree.map(put, old, new)
-      for old, new in zip(voice.caches, (cache, *other), strict=True)
-    ),
-    front=put(voice.front, seat),
-    hidden=_put(
-      voice.hidden,
-      groups,
-      jnp.where(chunks.done, lane, voice.hidden.shape[0]),
-      hidden,
-    ),
+    caches=(cache.replace(rows=None), *others),
+    front=caches.put(voice.front, rows, chunks.seat),
+    hidden=caches.put(voice.hidden, done, hidden),
     kept=voice.kept,
   )
+
+
+def _turned(chunks, rows, voice):
+  """The caches, what is read on in front."""
+  seat, source = (x.reshape(rows.shape) for x in (chunks.seat, chunks.source))
+  where = lambda x: jnp.where(x, rows, voice.hidden.shape[0])
+  front = lambda rows: caches.pick(voice.front, rows).reshape(rows.shape)
+  behind = front(source) != seat
+  moves = [
+    caches.Move(
+      rows=where(behind | (source != rows)),
+      cache=behind.astype(jnp.int32),
+      source=source,
+    )
+  ]
+  if len(voice.caches) == 2:
+    moves.append(
+      caches.Move(
+        rows=where(front(rows) != seat),
+        cache=jnp.zeros_like(rows),
+        source=rows,
+      )
+    )
+  return caches.move(voice.caches, moves, chunks.used)
 
 
 def _mark(seen, chunks, text):
@@ -318,30 +323,7 @@ def _mark(seen, chunks, text):
   fresh = jnp.zeros((count, vocab), bool)
   fresh = fresh.at[jnp.arange(count)[:, None], tokens].set(True, mode='drop')
   lane = jnp.where(chunks.done, chunks.lane, seen.shape[0])
-  return _put(seen, chunks.groups, lane, fresh)
-
-
-def _pick(tree, groups, lane):
-  """Some rows of each group, `[C ...]`."""
-
-  def pick(x):
-    rows = jax.vmap(lambda x, i: x.at[i].get(mode='clip'))
-    rows = rows(_grouped(x, groups), lane.reshape(groups, -1))
-    return rows.reshape(-1, *x.shape[1:])
-
-  return jax.tree.map(pick, tree)
-
-
-def _put(x, groups, lane, new):
-  """`x` with some rows of each group replaced; lanes beyond the last drop."""
-  put = jax.vmap(lambda x, i, new: x.at[i].set(new, mode='drop'))
-  new = _grouped(new.astype(x.dtype), groups)
-  rows = put(_grouped(x, groups), lane.reshape(groups, -1), new)
-  return rows.reshape(x.shape)
-
-
-def _grouped(x, groups):
-  return x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+  return caches.put(seen, lane.reshape(chunks.groups, -1), fresh)
 
 
 def _each(fn, rules):
@@ -363,12 +345,6 @@ def _settings(rules, given, lanes):
   at = (lanes.row, rules.seat(lanes.line))
   start = jax.vmap(lambda x, *at: x[at])(given.strings, *at)
   return sampling.replace(strings=StopStrings(rules.table, flat(start)))
-
-
-def _choose(mask, yes, no):
-  return jax.tree.map(
-    lambda x, y: jnp.where(lanes_.like(mask, x), x, y), yes, no
-  )
 
 
 def _when(condition, fn, state):
