@@ -112,7 +112,7 @@ def move(
   All moves begin at once: rows may change places. A block is picked after the
   one before was put, or XLA would keep a copy of whole caches to pick from.
   """
-  trees = [jax.tree.map(_in_blocks, (x.keys, x.values)) for x in caches]
+  trees = [in_blocks((x.keys, x.values)) for x in caches]
   rows = jax.tree.leaves(trees)[0].shape[0]
   some = [jnp.any(x.rows < rows // x.rows.shape[0]) for x in moves]
   used = jnp.where(jnp.any(jnp.stack(some)), used, 0)
@@ -148,11 +148,15 @@ def move(
   return moved
 
 
-def _in_blocks(x):
+def in_blocks(tree: PyTree) -> PyTree:
   """`[B H S/64 E 64]` as it is, `[B H S E]` as `[B H S/64 64 E]`."""
-  if x.ndim == 5:
-    return x
-  return x.reshape(*x.shape[:2], -1, BLOCK, x.shape[3])
+
+  def split(x):
+    if x.ndim == 5:
+      return x
+    return x.reshape(*x.shape[:2], -1, BLOCK, x.shape[3])
+
+  return jax.tree.map(split, tree)
 
 
 def grouped(x: Array, groups: int) -> Array:

@@ -283,7 +283,7 @@ def test_short_longrope_refuses_long_texts():
   tokens = jnp.zeros((1, 33), jnp.int32)
   with pytest.raises(ValueError, match='33 slots are more than the 32 posit'):
     apply(variables, tokens, tokens)
-  with pytest.raises(ValueError, match='40 slots are more than the 32 posit'):
+  with pytest.raises(ValueError, match='64 slots are more than the 32 posit'):
     cache = caches.empty_stacked(config, 1, 40, blocked=False)
     apply(variables, tokens[:, :1], tokens[:, :1], cache)
 

@@ -1,9 +1,13 @@
 """Attention as functions of arrays: who sees whom, and what is heard."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from persona_jax import cache as caches
 from persona_jax.cache import Cache
 
 
@@ -66,6 +70,68 @@ def mix(
   return jnp.transpose(mixed, (0, 3, 1, 2, 4)).reshape(batch, length, -1)
 
 
+def blocks(
+  queries: Float[Array, 'C T H E'],
+  keys: Float[Array, 'B K *R'],
+  values: Float[Array, 'B K S E'],
+  positions: Int[Array, 'C T'],
+  rows: Int[Array, 'R W'] | None = None,
+  *,
+  scale: float,
+  cap: float | None = None,
+  window: Int[Array, ''] | None = None,
+) -> Float[Array, 'C T HE']:
+  """As `weights` and `mix`, one block of slots at a time, those in use alone.
+
+  The softmax is summed up on the way (Milakov and Gimelshein, 2018): no weights
+  are left to tap, and the time goes with the slots in use, not with all.
+  """
+  count, length, heads, size = queries.shape
+  kv_heads = keys.shape[1]
+  group = heads // kv_heads
+  if rows is None:
+    rows = jnp.arange(count)[None]
+  grouped = queries.reshape(count, length, kv_heads, group, size)
+  grouped = jnp.transpose(grouped, (0, 2, 3, 1, 4)) * scale
+  grouped = grouped.reshape(count, kv_heads, group * length, size)
+  place = jnp.tile(positions, (1, group))[:, None, :, None]
+  sums = 'bkne,bkes->bkns' if keys.ndim == 5 else 'bkne,bkse->bkns'
+  memory = caches.in_blocks((keys, values))
+
+  def body(state):
+    block, most, total, heard = state
+    keys, values = caches.pick(memory, rows, slice(None), block)
+    scores = jnp.einsum(
+      sums, grouped, keys.astype(queries.dtype), preferred_element_type=_WIDE
+    )
+    slots = block * caches.BLOCK + jnp.arange(caches.BLOCK)[None, None, None]
+    seen = slots <= place
+    if window is not None:
+      seen &= place - slots < window
+    scores = jnp.where(seen, softcap(scores, cap), _NEVER)
+    top = jnp.maximum(most, jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - top[..., None])
+    fade = jnp.exp(most - top)
+    mixed = jnp.einsum(
+      'bkns,bkse->bkne',
+      weights.astype(queries.dtype),
+      values.astype(queries.dtype),
+      preferred_element_type=_WIDE,
+    )
+    total = total * fade + jnp.sum(weights, axis=-1)
+    return block + 1, top, total, heard * fade[..., None] + mixed
+
+  used = jnp.max(positions) // caches.BLOCK + 1
+  none = jnp.zeros(grouped.shape[:3], _WIDE)
+  state = (jnp.zeros_like(used), none + _NEVER, none)
+  state = (*state, jnp.zeros(grouped.shape, _WIDE))
+  *_, total, heard = jax.lax.while_loop(lambda x: x[0] < used, body, state)
+  mixed = heard / jnp.where(total > 0, total, 1)[..., None]
+  mixed = mixed.reshape(count, kv_heads, group, length, size)
+  mixed = jnp.transpose(mixed, (0, 3, 1, 2, 4)).astype(queries.dtype)
+  return mixed.reshape(count, length, -1)
+
+
 def _products(queries, keys):
   """`[B K N S]` in float32."""
   if keys.ndim == 4:
@@ -87,4 +153,38 @@ def _products(queries, keys):
   return scores.reshape(batch, heads, count, blocks * slots)
 
 
+class Kernels(NamedTuple):
+  """How attention is computed; None: by `weights` and `mix`.
+
+  A kernel takes `(queries, keys, values, positions, rows, *, scale, cap,
+  window)` as `blocks` does, and leaves no weights to tap.
+  """
+
+  sequence: Callable | None = None  # without a cache
+  chunk: Callable | None = None  # some tokens, with a cache
+  step: Callable | None = None  # one token, with a cache
+
+
+KERNELS = {
+  'xla': Kernels(),
+  'blocks': Kernels(chunk=blocks),
+}
+
+
+def kernels(name: str | None) -> Kernels:
+  """The kernels called `name`, by default the best for this backend.
+
+  Raises:
+    ValueError: there are none of this name.
+  """
+  if name is None:
+    name = 'blocks' if jax.default_backend() == 'cpu' else 'xla'
+  if name not in KERNELS:
+    raise ValueError(
+      f'attention is not computed by {name!r}; choose one of {list(KERNELS)}.'
+    )
+  return KERNELS[name]
+
+
+_WIDE = jnp.float32
 _NEVER = -1e30  # finite, so that a row of padding stays finite

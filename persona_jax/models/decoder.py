@@ -6,7 +6,6 @@ unstacked ones (`trees.unstack_layers`) they are unrolled, for decoding.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +18,9 @@ from persona_jax import cache as caches
 from persona_jax.cache import Cache
 from persona_jax.models import attention, rope
 from persona_jax.models import experts as mixtures
+from persona_jax.models.attention import Kernels
 from persona_jax.models.config import DecoderConfig
+from persona_jax.models.linear import Kernel, Linear, product
 from persona_jax.taps import Tap
 
 
@@ -36,16 +37,21 @@ def functions(
   dtype=jnp.float32,
   remat: bool = False,
   mix: Callable = mixtures.grouped,
+  attend: str | None = None,
 ) -> Functions:
   """The pure functions of a decoder; build them once, they are static.
 
   `apply(variables, tokens, positions, cache=None)` returns the normed hidden
   states and the cache. Position -1 marks padding. Keywords go to Flax's own
   `Module.apply` (`mutable=...`). `mix` computes a mixture of experts, if the
-  model has one (`experts.grouped`, `experts.sharded(mesh, axis)`).
+  model has one (`experts.grouped`, `experts.sharded(mesh, axis)`), `attend`
+  names how attention is computed (`attention.KERNELS`), by default as is best
+  on this backend.
   """
-  scanned = Decoder(config, dtype, scan=True, remat=remat, mix=mix)
-  unrolled = Decoder(config, dtype, scan=False, remat=remat, mix=mix)
+  kernels = attention.kernels(attend)
+  how = dict(remat=remat, mix=mix, kernels=kernels)
+  scanned = Decoder(config, dtype, scan=True, **how)
+  unrolled = Decoder(config, dtype, scan=False, **how)
 
   def apply(variables, tokens, positions, cache=None, **keywords):
     module = scanned if 'layers' in variables['params'] else unrolled
@@ -82,6 +88,7 @@ class Decoder(nn.Module):
   scan: bool = True
   remat: bool = False
   mix: Callable = mixtures.grouped
+  kernels: Kernels = attention.KERNELS['xla']
 
   @nn.compact
   def __call__(
@@ -117,7 +124,7 @@ class Decoder(nn.Module):
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast),
       length=self.config.layers,
-    )(self.config, self.dtype, self.mix, name='layers')
+    )(self.config, self.dtype, self.mix, self.kernels, name='layers')
     memory = None if cache is None else (cache.keys, cache.values)
     kind, context = None, contexts[0]
     if len(contexts) > 1:
@@ -131,7 +138,7 @@ class Decoder(nn.Module):
     for i, kind in enumerate(self.config.kind_of):
       memory = None if cache is None else (cache.keys[i], cache.values[i])
       layer = self._block()(
-        self.config, self.dtype, self.mix, name=f'layers_{i}'
+        self.config, self.dtype, self.mix, self.kernels, name=f'layers_{i}'
       )
       x, memory = layer(x, (memory, None), contexts[kind])
       if memory is not None:
@@ -146,6 +153,7 @@ class Context(NamedTuple):
   positions: Int[Array, 'B T']
   rope: tuple[Float[Array, 'B T E'], Float[Array, 'B T E']]  # cosine, sine
   mask: Bool[Array, 'B T S']
+  window: Int[Array, ''] | None  # positions that a token sees
   rows: Int[Array, 'R W'] | None  # of the cache
 
 
@@ -154,8 +162,16 @@ def _context(config, kind, positions, cache) -> Context:
     positions=positions,
     rope=rope.angles(positions, kind.rope, config.head_dim),
     mask=attention.mask(positions, cache, kind.window),
+    window=_window(config, kind),
     rows=None if cache is None else cache.rows,
   )
+
+
+def _window(config, kind):
+  """An array, since layers that are scanned may differ in it."""
+  if all(x.window is None for x in config.kinds):
+    return None
+  return jnp.asarray(kind.window or config.max_positions, jnp.int32)
 
 
 def _check_length(config, slots):
@@ -174,6 +190,7 @@ class Block(nn.Module):
   config: DecoderConfig
   dtype: Any
   mix: Callable
+  kernels: Kernels
 
   @nn.compact
   def __call__(self, x, each, context: Context):
@@ -182,7 +199,7 @@ class Block(nn.Module):
     if kind is not None:  # the contexts of all kinds, stacked
       context = jax.tree.map(lambda x: x[kind], context)
     tap = functools.partial(Tap, context.positions)
-    heard, memory = Attention(config, self.dtype, name='attn')(
+    heard, memory = Attention(config, self.dtype, self.kernels, name='attn')(
       self._before('attn_norm', x), memory, context
     )
     x = x + tap(name='attn_out')(self._after('attn_post_norm', heard))
@@ -209,6 +226,7 @@ class Attention(nn.Module):
 
   config: DecoderConfig
   dtype: Any
+  kernels: Kernels
 
   @nn.compact
   def __call__(self, x, memory, context: Context):
@@ -219,22 +237,34 @@ class Attention(nn.Module):
     queries = rope.rotate(queries, *context.rope)
     keys = rope.rotate(keys, *context.rope)
     if memory is None:
+      kernel = self.kernels.sequence
       keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     else:
+      kernel = self.kernels.step if x.shape[1] == 1 else self.kernels.chunk
       memory = caches.write(
         *memory, keys, values, context.positions, context.rows
       )
-      keys, values = caches.pick(memory, context.rows)
-    weights = Tap(context.positions, name='attn_weights')(
-      attention.weights(
+      keys, values = memory
+    of = {
+      'scale': config.attn_scale or config.head_dim**-0.5,
+      'cap': config.attn_softcap,
+    }
+    if kernel is None:
+      keys, values = caches.pick((keys, values), context.rows)
+      weights = Tap(context.positions, name='attn_weights')(
+        attention.weights(queries, keys, context.mask, **of)
+      )
+      mixed = attention.mix(weights, values.astype(self.dtype))
+    else:
+      mixed = kernel(
         queries,
         keys,
-        context.mask,
-        scale=config.attn_scale or config.head_dim**-0.5,
-        cap=config.attn_softcap,
+        values,
+        context.positions,
+        context.rows,
+        window=context.window,
+        **of,
       )
-    )
-    mixed = attention.mix(weights, values.astype(self.dtype))
     out = Linear(config.features, dtype=self.dtype, name='o')(mixed)
     return out, memory
 
@@ -309,49 +339,6 @@ class Experts(nn.Module):
     return {k: Kernel(shape, name=k)() for k, shape in shapes.items()}
 
 
-class Linear(nn.Module):
-  """A product with a kernel kept as (out, in), as checkpoints do."""
-
-  features: int
-  bias: bool = False
-  dtype: Any = jnp.float32
-
-  @nn.compact
-  def __call__(self, x):
-    kernel = self.param(
-      'kernel', _kernel_init, (self.features, x.shape[-1]), jnp.float32
-    )
-    y = product(x, kernel.astype(self.dtype))
-    if self.bias:
-      bias = self.param('bias', nn.initializers.zeros, (self.features,))
-      y += jnp.broadcast_to(bias.astype(self.dtype), y.shape)
-    return y
-
-
-def product(x, kernel, **of):
-  """`x` `[... I]` times `kernel` `[O I]`.
-
-  For few rows the kernel stands on the left, where XLA's CPU backend reads it
-  twice as fast.
-  """
-  if math.prod(x.shape[:-1]) > _FEW:
-    return jnp.einsum('...i,oi->...o', x, kernel, **of)
-  rows = x.reshape(-1, x.shape[-1])
-  y = jnp.einsum('oi,mi->om', kernel, rows, **of)
-  y = jax.lax.optimization_barrier(y)
-  return y.T.reshape(*x.shape[:-1], kernel.shape[0])
-
-
-class Kernel(nn.Module):
-  """Declares a kernel and returns it."""
-
-  shape: tuple[int, ...]
-
-  @nn.compact
-  def __call__(self):
-    return self.param('kernel', _kernel_init, self.shape, jnp.float32)
-
-
 def norm(config: DecoderConfig, name: str) -> 'RMSNorm':
   """A norm of the model's kind."""
   return RMSNorm(config.norm_eps, config.norm_offset, name=name)
@@ -380,5 +367,3 @@ ACTIVATIONS = {
   'gelu': functools.partial(nn.gelu, approximate=False),
   'gelu_tanh': nn.gelu,
 }
-_FEW = 64
-_kernel_init = nn.initializers.normal(0.02)
