@@ -87,6 +87,21 @@ def test_blocks_of_padding_stay_finite(positions):
   assert np.isfinite(heard).all()
 
 
+def test_gradients_of_blocks_are_those_of_attention_in_full():
+  positions = jnp.array([[0, 1], [62, 63], [64, 65], [90, 91], [-1, 9], [5, 6]])
+  held = memory(True)
+
+  def gradient(attend):
+    value = lambda *x: jnp.sum(jnp.sin(attend(*x, positions)))
+    return jax.jit(jax.grad(value, (0, 1, 2)))(queries(ROWS, 2), *held)
+
+  # A row of padding alone hears the mean in full, and nothing from blocks.
+  want = gradient(lambda *x: in_full(*x).at[4, 0].set(0))
+  got = gradient(lambda *x: attention.blocks(*x, **OF).at[4, 0].set(0))
+  for x, y in zip(got, want, strict=True):
+    np.testing.assert_allclose(x, y, atol=2e-6)
+
+
 def test_bfloat16_blocks_sum_in_float32():
   positions = jnp.broadcast_to(jnp.arange(150, 154, dtype=jnp.int32), (ROWS, 4))
   asked = queries(ROWS, 4)

@@ -98,8 +98,8 @@ def blocks(
   sums = 'bkne,bkes->bkns' if keys.ndim == 5 else 'bkne,bkse->bkns'
   memory = caches.in_blocks((keys, values))
 
-  def body(state):
-    block, most, total, heard = state
+  def add(block, state):
+    most, total, heard = state
     keys, values = caches.pick(memory, rows, slice(None), block)
     scores = jnp.einsum(
       sums, grouped, keys.astype(queries.dtype), preferred_element_type=_WIDE
@@ -119,13 +119,18 @@ def blocks(
       preferred_element_type=_WIDE,
     )
     total = total * fade + jnp.sum(weights, axis=-1)
-    return block + 1, top, total, heard * fade[..., None] + mixed
+    return top, total, heard * fade[..., None] + mixed
+
+  def turn(state, block):
+    # A loop of as many turns as are needed would have no gradient.
+    skip = lambda block, state: state
+    return jax.lax.cond(block < used, add, skip, block, state), None
 
   used = jnp.max(positions) // caches.BLOCK + 1
   none = jnp.zeros(grouped.shape[:3], _WIDE)
-  state = (jnp.zeros_like(used), none + _NEVER, none)
-  state = (*state, jnp.zeros(grouped.shape, _WIDE))
-  *_, total, heard = jax.lax.while_loop(lambda x: x[0] < used, body, state)
+  state = (none + _NEVER, none, jnp.zeros(grouped.shape, _WIDE))
+  turns = jnp.arange(-(-values.shape[2] // caches.BLOCK))
+  (_, total, heard), _ = jax.lax.scan(turn, state, turns)
   mixed = heard / jnp.where(total > 0, total, 1)[..., None]
   mixed = mixed.reshape(count, kv_heads, group, length, size)
   mixed = jnp.transpose(mixed, (0, 3, 1, 2, 4)).astype(queries.dtype)
