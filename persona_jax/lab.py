@@ -203,7 +203,9 @@ def open_lab(config, *, progress=None) -> Lab:
     inert=tuple(config.inert.split(',')),
     progress=progress,
   )
-  apply, unembed = decoder.functions(loaded.config, dtype=dtype)
+  apply, unembed = decoder.functions(
+    loaded.config, dtype=dtype, attend=config.attend or None
+  )
   model = dataclasses.replace(loaded, apply=apply, unembed=unembed)
   today = datetime.date.fromisoformat(config.today)
   chat = Chat(

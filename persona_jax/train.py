@@ -170,7 +170,10 @@ def _update(lab: Lab, config, trained, optimizer, state: TrainState, mesh):
   rl = config.rl
   algorithm = learn.ALGORITHMS[rl.algorithm]
   functions = decoder.functions(
-    lab.model.config, dtype=jnp.dtype(config.dtype), remat=True
+    lab.model.config,
+    dtype=jnp.dtype(config.dtype),
+    remat=True,
+    attend=config.attend or None,
   )
   apply = sharding.by_rows(lora.adapted(functions.apply), mesh)
   temperature = config.rollout.temperature

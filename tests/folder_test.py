@@ -105,6 +105,11 @@ def test_exports_come_back_bit_for_bit(tmp_path, dtype, shard_bytes):
   assert again.tokenizer.to_str() == model.tokenizer.to_str()
 
 
+def test_attention_is_computed_as_asked(whole):
+  with pytest.raises(ValueError, match="by 'flash'"):
+    models.load(whole, attend='flash')
+
+
 def test_one_file_needs_no_index(whole, model):
   assert not (whole / INDEX).exists()
   loaded = safetensors_numpy.load_file(whole / WEIGHTS)

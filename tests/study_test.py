@@ -223,6 +223,7 @@ def test_a_workdir_belongs_to_one_config(finished, folder, capsys):
     ('rollout.prompt_tokens=40', ('prompt_tokens=40', 'raise the limit')),
     ('cap.hold=nobody', ("'nobody'", "'persona'")),
     ('model=nothing-here', ('nothing-here',)),
+    ('attend=flash', ("'flash'", "'xla'")),
     ('evaluation.personas=/no/such/file.json', ('/no/such/file.json',)),
   ],
 )

@@ -51,6 +51,7 @@ def load(
   mesh: jax.sharding.Mesh | None = None,
   rules=None,
   context: int | None = None,
+  attend: str | None = None,
   inert: tuple[str, ...] = (),
   progress: Callable[[str], None] | None = None,
 ) -> LanguageModel:
@@ -63,6 +64,8 @@ def load(
     rules: how they lie: pairs (pattern, PartitionSpec), first match wins.
     context: slots of the longest conversation; LongRoPE models (Phi-3 128k)
       choose their frequencies by it, by default those of short ones.
+    attend: how attention is computed (`attention.KERNELS`), by default as is
+      best on this backend.
     inert: unknown fields of config.json that change nothing.
     progress: told what takes long.
 
@@ -83,7 +86,9 @@ def load(
   if shardings is not None and config.experts is not None:
     place = names.leaf(shardings, names.EXPERTS)
   mix = experts.placed(place)
-  apply, unembed = decoder.functions(config, dtype=dtype, mix=mix)
+  apply, unembed = decoder.functions(
+    config, dtype=dtype, mix=mix, attend=attend
+  )
   return LanguageModel(
     name=_name(source, path),
     config=config,
