@@ -38,18 +38,31 @@ def edited(apply: Callable, edit: Callable, at: str = 'resid') -> Callable:
   (`tap.get_variable('edits', ...)`): new values never recompile.
 
   Raises:
-    ValueError: `apply` is jitted, so that edits might not reach its program.
+    ValueError: `apply` is jitted, so that edits might not reach its program;
+      when called, if no tap that it passes is called `at`.
   """
   if hasattr(apply, 'lower'):
     raise ValueError(f'{apply} is jitted; edit it first and jit the result.')
 
-  def interceptor(next_fun, args, kwargs, context):
-    x = next_fun(*args, **kwargs)
-    return edit(context.module, x) if _is_tap(context.module, at) else x
-
   def apply_edited(*args, **kwargs):
+    found = False
+
+    def interceptor(next_fun, args, kwargs, context):
+      nonlocal found
+      x = next_fun(*args, **kwargs)
+      if not _is_tap(context.module, at):
+        return x
+      found = True
+      return edit(context.module, x)
+
     with nn.intercept_methods(interceptor):
-      return apply(*args, **kwargs)
+      result = apply(*args, **kwargs)
+    if not found:
+      raise ValueError(
+        f'no tap that this call passes is named {at!r}; see the taps of the '
+        "model (the weights of attention are there with attend='xla')."
+      )
+    return result
 
   return apply_edited
 
@@ -61,7 +74,7 @@ def keep(apply: Callable, read: Callable, at: str = 'resid') -> Callable:
   `read` should reduce: pool, project, or count, never return `[B, S, D]`.
 
   Raises:
-    ValueError: when called, if no tap is called `at`.
+    ValueError: as `edited`.
   """
 
   def sow(tap, x):
@@ -72,8 +85,6 @@ def keep(apply: Callable, read: Callable, at: str = 'resid') -> Callable:
 
   def apply_keeping(*args, **kwargs):
     result, state = sowing(*args, mutable=[ACTS], **kwargs)
-    if ACTS not in state:
-      raise ValueError(f'no tap of the model is called {at!r}.')
     return result, _stacked(state[ACTS], at)
 
   return apply_keeping

@@ -249,6 +249,20 @@ def test_a_context_around_compiled_code_is_ignored(tiny):
 def test_compiled_code_is_not_edited_in_silence(tiny):
   with pytest.raises(ValueError, match='jit the result'):
     taps.edited(jax.jit(tiny.apply), edits.stored)
+  compiled = jax.jit(tiny.apply)
+  hidden = taps.edited(lambda *args: compiled(*args), edits.stored)
+  text = tiny.stacked, *fakes.text()
+  compiled(*text)
+  with pytest.raises(ValueError, match="passes is named 'resid'"):
+    hidden(*text)
+
+
+def test_fused_attention_has_no_weights_to_edit(tiny):
+  apply = decoder.functions(fakes.CONFIG, attend='blocks').apply
+  changed = taps.edited(apply, double, at='attn_weights')
+  text = tiny.unstacked, *fakes.text()
+  with pytest.raises(ValueError, match="attend='xla'"):
+    changed(*text, tiny.memory(3, 12))
 
 
 @forms
@@ -277,10 +291,11 @@ def test_attention_weights_are_edited(tiny):
 
 
 @forms
-def test_a_place_that_does_not_exist_is_named(tiny, form):
-  reading = taps.keep(tiny.apply, whole, at='rezid')
+@pytest.mark.parametrize('transform', [taps.keep, taps.edited])
+def test_a_place_that_does_not_exist_is_named(tiny, form, transform):
+  changed = transform(tiny.apply, double, at='rezid')
   with pytest.raises(ValueError, match="'rezid'"):
-    jax.eval_shape(reading, getattr(tiny, form), *fakes.text())
+    jax.eval_shape(changed, getattr(tiny, form), *fakes.text())
 
 
 def test_edits_unstack_with_the_parameters(capped):
