@@ -170,9 +170,23 @@ class Kernels(NamedTuple):
   step: Callable | None = None  # one token, with a cache
 
 
-KERNELS = {
-  'xla': Kernels(),
-  'blocks': Kernels(chunk=blocks),
+def _cudnn() -> Kernels:
+  from persona_jax.models import kernels
+
+  return Kernels(sequence=kernels.cudnn)
+
+
+def _pallas() -> Kernels:
+  from persona_jax.models import kernels
+
+  return Kernels(sequence=kernels.splash, step=kernels.step)
+
+
+KERNELS = {  # functions: Pallas is imported where it is asked for
+  'xla': Kernels,
+  'blocks': lambda: Kernels(chunk=blocks),
+  'cudnn': _cudnn,  # for NVIDIA GPUs
+  'pallas': _pallas,  # for TPUs
 }
 
 
@@ -188,7 +202,7 @@ def kernels(name: str | None) -> Kernels:
     raise ValueError(
       f'attention is not computed by {name!r}; choose one of {list(KERNELS)}.'
     )
-  return KERNELS[name]
+  return KERNELS[name]()
 
 
 _WIDE = jnp.float32

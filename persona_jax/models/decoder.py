@@ -88,7 +88,7 @@ class Decoder(nn.Module):
   scan: bool = True
   remat: bool = False
   mix: Callable = mixtures.grouped
-  kernels: Kernels = attention.KERNELS['xla']
+  kernels: Kernels = attention.kernels('xla')
 
   @nn.compact
   def __call__(
