@@ -121,13 +121,18 @@ def sample(
   greedy = sampling.temperature == 0
   barred = _bar(_penalised(logits, sampling.repetition, seen), sampling, first)
   temperature = jnp.maximum(sampling.temperature, _COLDEST)
-  scaled = barred / jnp.where(greedy, 1, temperature)[:, None]
-  scaled = _cut(scaled, sampling, ~greedy)
-  logprobs = jax.nn.log_softmax(scaled)
-  drawn = draw(jax.vmap(jax.random.uniform)(keys), jnp.exp(logprobs))
-  tokens = jnp.where(greedy, jnp.argmax(barred, axis=-1), drawn)
-  tokens = tokens.astype(jnp.int32)
-  as_sampled = jnp.where(greedy, 0, _at(logprobs, tokens))
+  best = jnp.argmax(barred, axis=-1).astype(jnp.int32)
+
+  def some_drawn():
+    scaled = barred / jnp.where(greedy, 1, temperature)[:, None]
+    logprobs = jax.nn.log_softmax(_cut(scaled, sampling, ~greedy))
+    drawn = draw(jax.vmap(jax.random.uniform)(keys), jnp.exp(logprobs))
+    tokens = jnp.where(greedy, best, drawn)
+    return tokens, jnp.where(greedy, 0, _at(logprobs, tokens))
+
+  tokens, as_sampled = jax.lax.cond(
+    jnp.all(greedy), lambda: (best, jnp.zeros_like(temperature)), some_drawn
+  )
   raw = _at(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)
   return tokens, as_sampled, raw
 
