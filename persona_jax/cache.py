@@ -62,14 +62,22 @@ def _write(keys, values, new_keys, new_values, slots, rows=None):
   if rows is None:
     rows = jnp.arange(slots.shape[0])
   rows = jnp.broadcast_to(rows[:, None], slots.shape)
-  new_keys = new_keys.astype(keys.dtype)
+  new_keys = _cast(new_keys, keys.dtype)
   if keys.ndim == values.ndim:
     keys = keys.at[rows, :, slots].set(new_keys, mode='drop')
   else:
     block, within = slots // BLOCK, slots % BLOCK
     keys = keys.at[rows, :, block, :, within].set(new_keys, mode='drop')
-  new_values = new_values.astype(values.dtype)
+  new_values = _cast(new_values, values.dtype)
   return keys, values.at[rows, :, slots].set(new_values, mode='drop')
+
+
+def _cast(x, dtype):
+  """`x` as `dtype`; a float8 ends at its largest number, not with NaN."""
+  if jnp.finfo(dtype).bits == 8:
+    limit = float(jnp.finfo(dtype).max)
+    x = jnp.clip(x, -limit, limit)
+  return x.astype(dtype)
 
 
 def pick(tree: PyTree, rows: Int[Array, 'R W'] | None, *at) -> PyTree:
