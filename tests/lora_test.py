@@ -179,7 +179,8 @@ def test_caps_and_adapters_in_either_order(base, full):
   )
   np.testing.assert_array_equal(one, other)
   only_capped = lambda v: fakes.with_edits(v, fakes.caps())
-  cap = quickly(lambda v: fakes.tiny().edited(v, TOKENS, POSITIONS)[0])
+  edited = fakes.tiny().edited  # made out here: its arrays are kept for all
+  cap = quickly(lambda v: edited(v, TOKENS, POSITIONS)[0])
   close(one, cap(only_capped(lora.merge(full))))
   far(one, run(full))
   far(one, cap(only_capped(base)))
