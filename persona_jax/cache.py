@@ -95,11 +95,11 @@ def pick(tree: PyTree, rows: Int[Array, 'R W'] | None, *at) -> PyTree:
 
 def put(tree: PyTree, rows: Int[Array, 'R W'], new: PyTree, *at) -> PyTree:
   """`tree` with some rows of each group replaced; beyond the last: dropped."""
-  take = jax.vmap(lambda x, rows, new: x.at[rows, *at].set(new, mode='drop'))
+  place = jax.vmap(lambda x, rows, new: x.at[rows, *at].set(new, mode='drop'))
 
   def put(x, new):
     new = grouped(new.astype(x.dtype), rows.shape[0])
-    return take(grouped(x, rows.shape[0]), rows, new).reshape(x.shape)
+    return place(grouped(x, rows.shape[0]), rows, new).reshape(x.shape)
 
   return jax.tree.map(put, tree, new)
 

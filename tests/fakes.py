@@ -141,7 +141,8 @@ def axes(config=CONFIG, seed=0):
 
 def memory(batch, size, blank=0):
   """A cache of tokens, for speakers that are no decoder."""
-  slots = jnp.full((batch, 1, -(-size // 64) * 64, 1), blank, jnp.float32)
+  size = -(-size // caches.BLOCK) * caches.BLOCK
+  slots = jnp.full((batch, 1, size, 1), blank, jnp.float32)
   return caches.Cache(keys=(slots,), values=(slots,))
 
 

@@ -32,7 +32,7 @@ class Speaker:
   sampling: Sampling | tuple[Sampling, ...]
   apply: Callable = struct.field(pytree_node=False)
   unembed: Callable = struct.field(pytree_node=False)
-  memory: Callable = struct.field(pytree_node=False)  # (batch, size) -> cache
+  memory: Callable = struct.field(pytree_node=False)  # (batch, size) -> a Cache
   who: tuple[int, ...] = struct.field(pytree_node=False, default=())
   captures: bool = struct.field(pytree_node=False, default=False)
   own: PyTree = None
