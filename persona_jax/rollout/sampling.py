@@ -121,7 +121,7 @@ def sample(
   greedy = sampling.temperature == 0
   barred = _bar(_penalised(logits, sampling.repetition, seen), sampling, first)
   temperature = jnp.maximum(sampling.temperature, _COLDEST)
-  best = jnp.argmax(barred, axis=-1).astype(jnp.int32)
+  best = _largest(barred)
 
   def some_drawn():
     scaled = barred / jnp.where(greedy, 1, temperature)[:, None]
@@ -249,6 +249,14 @@ def _keep_until(logits, enough):
   least = jax.lax.fori_loop(0, _BITS, settle, least)
   least = jnp.minimum(least, jnp.max(order, axis=-1))
   return jnp.where(order >= least[:, None], logits, -jnp.inf)
+
+
+def _largest(logits):
+  """`jnp.argmax` of each row, in loops that XLA vectorises on a CPU too."""
+  vocab = logits.shape[-1]
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  place = jnp.where(logits == top, jnp.arange(vocab)[None], vocab - 1)
+  return jnp.min(place, axis=-1).astype(jnp.int32)
 
 
 def _at(x, index):
