@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 ACTS = 'acts'  # the collection that `keep` fills
 
@@ -22,13 +23,14 @@ class Tap(nn.Module):
   """Returns its input: a place called `name`, found once in every layer.
 
   `positions` [B T] tells an edit where in the text each token of its input
-  stands; -1 is padding.
+  stands; -1 is padding. What passes has the tap's name for
+  `jax.checkpoint_policies`, as it is before any edit.
   """
 
   positions: Any = None
 
   def __call__(self, x):
-    return x
+    return checkpoint_name(x, self.name)
 
 
 def edited(apply: Callable, edit: Callable, at: str = 'resid') -> Callable:

@@ -117,7 +117,10 @@ def test_init_makes_the_variables_of_the_config(config):
   assert {x.shape[0] for x in layers} == {config.layers}
 
 
-def test_scan_and_remat_change_no_gradient(tiny):
+@pytest.mark.parametrize(
+  'remat', ['full', 'dots', 'save:attn_out,mlp_out', 'offload:resid']
+)
+def test_scan_and_remat_change_no_gradient(tiny, remat):
   def run(variables, remat):
     apply = decoder.functions(tiny.config, remat=remat).apply
 
@@ -126,18 +129,27 @@ def test_scan_and_remat_change_no_gradient(tiny):
 
     return jax.jit(jax.value_and_grad(loss))(variables)
 
-  value, grads = run(tiny.stacked, True)
-  want, apart = run(tiny.unstacked, False)
+  value, grads = run(tiny.stacked, remat)
+  want, apart = run(tiny.unstacked, 'none')
   close(value, want)
   jax.tree.map(close, grads, trees.stack_layers(apart))
   assert min(np.abs(x).max() for x in jax.tree.leaves(grads)) > 1e-5
 
 
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'full', 'dots'])
 def test_remat_is_in_the_program_where_asked_for(tiny, remat):
   apply = decoder.functions(tiny.config, remat=remat).apply
   program = jax.make_jaxpr(apply)(tiny.stacked, *fakes.text())
-  assert ('prevent_cse' in str(program)) == remat
+  assert ('prevent_cse' in str(program)) == (remat != 'none')
+
+
+@pytest.mark.parametrize(
+  'remat', ['all', 'save', 'save:resid,nothing', 'full:resid', '']
+)
+def test_an_unknown_remat_is_refused(tiny, remat):
+  apply = decoder.functions(tiny.config, remat=remat).apply
+  with pytest.raises(ValueError, match='is unknown; give'):
+    jax.eval_shape(apply, tiny.stacked, *fakes.text())
 
 
 def test_scanned_equals_unrolled(tiny):

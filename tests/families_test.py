@@ -63,7 +63,7 @@ def computed(name):
   """Logits, the last token's block outputs, and the loss with its gradient."""
   row = ROWS[name]
   config, variables = made(row)
-  apply, unembed = decoder.functions(config, remat=True)
+  apply, unembed = decoder.functions(config, remat='full')
   kept = taps.keep(apply, lambda tap, x: x[0, -1])
   tokens, positions = batch(row)
 

@@ -124,7 +124,7 @@ def test_steers_act_after_caps(tiny):
 
 @pytest.mark.parametrize(
   'form, remat',
-  [('stacked', False), ('stacked', True), ('unstacked', False)],
+  [('stacked', 'none'), ('stacked', 'full'), ('unstacked', 'none')],
 )
 def test_caps_act_in_every_form_of_the_model(tiny, capped, form, remat):
   apply = decoder.functions(tiny.config, remat=remat).apply
@@ -137,7 +137,7 @@ def test_caps_act_in_every_form_of_the_model(tiny, capped, form, remat):
 
 def test_gradients_pass_through_caps_and_remat(tiny, capped):
   # Against finite differences in one direction of the parameters.
-  apply = decoder.functions(tiny.config, remat=True).apply
+  apply = decoder.functions(tiny.config, remat='full').apply
   apply = taps.edited(apply, edits.stored)
 
   @jax.jit

@@ -23,6 +23,8 @@ from persona_jax.models.config import DecoderConfig
 from persona_jax.models.linear import Kernel, Linear, product
 from persona_jax.taps import Tap
 
+TAPS = ('resid', 'attn_out', 'mlp_out', 'attn_weights')
+
 
 class Functions(NamedTuple):
   """A model as two pure functions."""
@@ -35,18 +37,28 @@ def functions(
   config: DecoderConfig,
   *,
   dtype=jnp.float32,
-  remat: bool = False,
+  remat: str = 'none',
   mix: Callable = mixtures.grouped,
   attend: str | None = None,
 ) -> Functions:
   """The pure functions of a decoder; build them once, they are static.
 
   `apply(variables, tokens, positions, cache=None)` returns the normed hidden
-  states and the cache. Position -1 marks padding. Keywords go to Flax's own
-  `Module.apply` (`mutable=...`). `mix` computes a mixture of experts, if the
-  model has one (`experts.grouped`, `experts.sharded(mesh, axis)`), `attend`
-  names how attention is computed (`attention.KERNELS`), by default as is best
-  on this backend.
+  states and the cache. Position -1 marks padding; without a cache a row may
+  hold several texts, each with positions from 0. Keywords go to Flax's own
+  `Module.apply` (`mutable=...`).
+
+  Args:
+    config: the model.
+    dtype: of the computation.
+    remat: what a layer keeps for its gradient: all it needs ('none'), its input
+      alone ('full'), products of activations and weights too ('dots'), or what
+      passes some taps, in the device's memory ('save:attn_out,mlp_out') or the
+      host's ('offload:attn_out').
+    mix: computes a mixture of experts, if the model has one
+      (`experts.grouped`, `experts.sharded(mesh, axis)`).
+    attend: how attention is computed (`attention.KERNELS`), by default as is
+      best on this backend.
   """
   kernels = attention.kernels(attend)
   how = dict(remat=remat, mix=mix, kernels=kernels)
@@ -86,7 +98,7 @@ class Decoder(nn.Module):
   config: DecoderConfig
   dtype: Any = jnp.float32
   scan: bool = True
-  remat: bool = False
+  remat: str = 'none'
   mix: Callable = mixtures.grouped
   kernels: Kernels = attention.kernels('xla')
 
@@ -115,7 +127,9 @@ class Decoder(nn.Module):
     return norm(config, 'norm')(x), cache
 
   def _block(self):
-    return nn.remat(Block, prevent_cse=False) if self.remat else Block
+    if self.remat == 'none':
+      return Block
+    return nn.remat(Block, prevent_cse=False, policy=_kept(self.remat))
 
   def _scanned(self, x, cache, contexts):
     layers = nn.scan(
@@ -145,6 +159,36 @@ class Decoder(nn.Module):
         keys.append(memory[0])
         values.append(memory[1])
     return x, tuple(keys), tuple(values)
+
+
+def _kept(remat):
+  """What a layer keeps for its gradient, as jax.checkpoint is told.
+
+  Raises:
+    ValueError: there is no such way, or no such tap.
+  """
+  way, _, names = remat.partition(':')
+  names = names.split(',') if names else []
+  unknown = [name for name in names if name not in TAPS]
+  if unknown or bool(names) != (way in ('save', 'offload')):
+    way = None
+  if way == 'full':
+    return None
+  if way == 'dots':
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  if way == 'save':
+    return jax.checkpoint_policies.save_only_these_names(*names)
+  if way == 'offload':
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+      names_which_can_be_saved=[],
+      names_which_can_be_offloaded=names,
+      offload_src='device',
+      offload_dst='pinned_host',
+    )
+  raise ValueError(
+    f"remat={remat!r} is unknown; give 'none', 'full', 'dots', or 'save:' or "
+    f"'offload:' with some of the taps {TAPS}."
+  )
 
 
 class Context(NamedTuple):
