@@ -135,14 +135,16 @@ def test_a_step_in_bfloat16_sums_in_float32():
 
 
 def sequence(length, size=8):
-  """Three rows: padding amid the tokens, behind them, and nothing else."""
+  """Four rows: padding amid the tokens, behind them, alone; three texts."""
   heads = KV_HEADS * GROUP
-  held = (3, KV_HEADS, length, size)
-  arrays = normal(3, 3, length, heads, size), normal(4, *held), normal(5, *held)
+  held = (4, KV_HEADS, length, size)
+  arrays = normal(3, 4, length, heads, size), normal(4, *held), normal(5, *held)
   place = np.arange(length)
   real = [place % 7 != 2, place < length // 2 + 1, place < 0]
   real = np.stack([real[0] & (place > 1), *real[1:]])
-  return arrays, fakes.ragged(real)
+  third = length // 3
+  texts = np.where(place < 3 * third, place % third, -1)
+  return arrays, jnp.concatenate([fakes.ragged(real), texts[None]])
 
 
 def heard(attend, of, arrays, positions):
@@ -192,7 +194,7 @@ def by(attend):
   config = dataclasses.replace(
     fakes.CONFIG, kinds=kinds, layout=(0, 1), attn_softcap=0.7
   )
-  return decoder.functions(config, attend=attend, remat=True).apply
+  return decoder.functions(config, attend=attend, remat='full').apply
 
 
 def test_a_model_learns_by_pallas():

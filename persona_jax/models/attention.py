@@ -21,17 +21,25 @@ def mask(
 ) -> Bool[Array, 'B T S']:
   """A token sees the slots before it and itself, never padding.
 
-  With a window it sees the last `window` positions, its own included.
+  Without a cache a row may hold several texts (`segments`), none of which sees
+  another. With a window a token sees the last `window` positions, its own
+  included.
   """
   if cache is None:
-    slots = positions[:, None]
+    slots, text = positions[:, None], segments(positions)
     mask = jnp.tri(positions.shape[1], dtype=bool)[None] & (slots >= 0)
+    mask &= text[:, :, None] == text[:, None]
   else:
     slots = jnp.arange(cache.size)[None, None]
     mask = slots <= positions[:, :, None]
   if window is not None:
     mask &= positions[:, :, None] - slots < window
   return mask
+
+
+def segments(positions: Int[Array, 'B T']) -> Int[Array, 'B T']:
+  """Which text of its row a token belongs to: a position of 0 begins one."""
+  return jnp.cumsum(positions == 0, axis=1, dtype=jnp.int32)
 
 
 def weights(

@@ -37,7 +37,8 @@ def cudnn(
   """A sequence on an NVIDIA GPU, by `jax.nn.dot_product_attention`.
 
   No token sees what comes later, so padding is moved behind the tokens, and
-  back. A window counts positions, not places: it becomes a mask [B T T].
+  back. A window counts positions, not places: it becomes a mask [B T T], as do
+  the borders of texts where a row holds several.
 
   Raises:
     ValueError: the scores are capped, or not in 16 bits.
@@ -59,12 +60,18 @@ def cudnn(
   length = queries.shape[1]
   # cuDNN's gradient under a mask takes an even number of tokens.
   arrays, positions = _padded(2, queries, keys, values, positions)
-  if window is not None:
-    heard = attend(*arrays, mask=_mask(positions, window)[:, None])
-  else:
+  masked = lambda: attend(*arrays, mask=_mask(positions, window)[:, None])
+
+  def causal():
     order = jnp.argsort(positions < 0, axis=1, stable=True)
     heard = attend(*(_take(x, order) for x in arrays), is_causal=True)
-    heard = _take(heard, jnp.argsort(order, axis=1))
+    return _take(heard, jnp.argsort(order, axis=1))
+
+  if window is not None:
+    heard = masked()
+  else:
+    several = jnp.any(attention.segments(positions) > 1)
+    heard = jax.lax.cond(several, masked, causal)
   return _flat(heard)[:, :length]
 
 
@@ -101,8 +108,8 @@ def splash(
   if window is None:
     causal = masks.CausalMask((places, places))
     attend = make(masks.MultiHeadMask([causal] * heads))
-    real = (positions >= 0).astype(jnp.int32)
-    heard = jax.vmap(attend)(*arrays, splashes.SegmentIds(real, real))
+    text = jnp.where(positions < 0, -1, attention.segments(positions))
+    heard = jax.vmap(attend)(*arrays, splashes.SegmentIds(text, text))
   else:
     seen = _mask(positions, window)[:, None]
     heard = jax.vmap(lambda seen, *x: _dynamic(make(seen))(*x))(seen, *arrays)
@@ -266,8 +273,9 @@ def _padded(multiple, queries, keys, values, positions):
 
 def _mask(positions, window):
   """`attention.mask`, but that padding sees itself: no softmax of nothing."""
-  apart = positions[:, :, None] - positions[:, None]
-  seen = attention.mask(positions, None) & (apart < window)
+  seen = attention.mask(positions, None)
+  if window is not None:
+    seen &= positions[:, :, None] - positions[:, None] < window
   return seen | jnp.eye(positions.shape[1], dtype=bool)[None]
 
 
