@@ -34,12 +34,22 @@ def get_config(arg: str = 'laptop'):
     steps=3,
     lines=4,  # of a training dialogue
     group=4,  # dialogues of one scenario; batch / group scenarios a step
+    epochs=1,  # rounds over the dialogues of a step
+    minibatches=1,  # updates of a round
     learning_rate=2e-5,
-    kl=0.02,
+    critic_rate=1e-5,  # of a critic, where the algorithm has one
+    process_rate=1e-6,  # of PRIME's reward model
+    weight_decay=0.0,
+    entropy=0.0,  # weight of a bonus
+    truncate=0.0,  # most that learner / sampler may weigh; 0: no correction
+    skip=False,  # leave out steps with numbers that are not finite
+    remat='full',  # what a layer keeps for its gradient
+    advantage=dict(),  # numbers of the algorithm's advantage, by name
+    loss=dict(kl=0.02),  # and of its loss
     max_grad_norm=1.0,
     adapter=dict(rank=0, alpha=32.0, targets=''),  # 0: all parameters
     microbatches=1,
-    chunk=512,  # tokens whose logits exist at a time
+    held=1 << 24,  # logits that exist at a time, over all devices
     save_every=3,
     rewards=dict(prompt_to_line=1.0, line_to_line=0.5),
   )

@@ -187,7 +187,7 @@ class Study:
     return {
       'algorithm': rl.algorithm,
       'learning_rate': rl.learning_rate,
-      'kl': rl.kl,
+      'loss': rl.loss.to_dict(),
       'dialogues_per_step': self.config.rollout.batch,
       'steps': logs['rl'],
       'shuffled_steps': logs.get('shuffled', []),

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from persona_jax import learn, models
-from persona_jax.learn import losses, step
+from persona_jax.learn import advantages, losses, step
 from persona_jax.learn.logprobs import token_logprobs
 from persona_jax.models import decoder
 from persona_jax.models.config import Kind, Rope
@@ -91,61 +91,6 @@ def flat_batch(**arrays):
   )
 
 
-# Advantages.
-
-
-def test_group_relative_by_hand():
-  rewards = jnp.array([[1.0, 4.0], [3.0, 4.0], [8.0, 4.0]])
-  # mean 4, squares 9 + 1 + 16 = 26, deviation sqrt(26 / 3) = 2.943920
-  want = np.array([[-3.0, 0.0], [-1.0, 0.0], [4.0, 0.0]]) / 2.944020
-  got = learn.group_relative(rewards, jnp.ones((3, 2), bool))
-  np.testing.assert_allclose(got, want, rtol=1e-5)
-
-
-def test_leave_one_out_by_hand():
-  rewards = jnp.array([[1.0], [3.0], [8.0]])
-  got = learn.leave_one_out(rewards, jnp.ones((3, 1), bool))
-  # 1 - 11/2, 3 - 9/2, 8 - 4/2
-  np.testing.assert_allclose(got[:, 0], [-4.5, -1.5, 6.0])
-
-
-BOTH = pytest.mark.parametrize(
-  'advantage', [learn.group_relative, learn.leave_one_out]
-)
-
-
-@BOTH
-def test_masked_lines_do_not_count(advantage):
-  rewards = jnp.array([[1.0], [jnp.nan], [3.0], [8.0]])
-  mask = jnp.array([[True], [False], [True], [True]])
-  got = advantage(rewards, mask)
-  want = advantage(rewards[mask[:, 0]], jnp.ones((3, 1), bool))
-  np.testing.assert_allclose(got[mask], want[:, 0], rtol=1e-6)
-  assert got[1, 0] == 0
-
-
-@BOTH
-def test_a_line_without_company_has_no_advantage(advantage):
-  alone = advantage(jnp.array([[5.0, -2.0]]), jnp.ones((1, 2), bool))
-  np.testing.assert_array_equal(alone, [[0.0, 0.0]])
-  mask = jnp.array([[True, True], [False, True]])
-  pair = advantage(jnp.array([[5.0, 1.0], [9.0, 3.0]]), mask)
-  assert pair[0, 0] == 0 and pair[0, 1] < 0 < pair[1, 1]
-  none = advantage(jnp.ones((3, 1)), jnp.zeros((3, 1), bool))
-  np.testing.assert_array_equal(none, jnp.zeros((3, 1)))
-
-
-@BOTH
-def test_advantages_of_many_groups_are_those_of_each(advantage, key):
-  rewards = jax.random.normal(key, (3, 4, 5))
-  mask = jax.random.bernoulli(jax.random.key(1), 0.7, (3, 4, 5))
-  together = jax.jit(jax.vmap(advantage))(rewards, mask)
-  for i in range(3):
-    apart = advantage(rewards[i], mask[i])
-    np.testing.assert_allclose(together[i], apart, atol=1e-5)
-  np.testing.assert_allclose(jnp.sum(together, 1, where=mask), 0, atol=1e-4)
-
-
 # Losses.
 
 
@@ -169,7 +114,11 @@ def test_clipped_loss_by_hand():
   np.testing.assert_allclose(metrics['loss/policy'], 0.15, rtol=1e-5)
   np.testing.assert_allclose(metrics['loss/kl'], 0.346665, rtol=1e-4)
   np.testing.assert_allclose(loss, 0.15 + 0.0346665, rtol=1e-4)
-  np.testing.assert_allclose(metrics['policy/clipped'], 1.0)
+  np.testing.assert_allclose(metrics['policy/clipped'], 0.5)
+  # 2 of 4: the good one that is likelier, the bad one that is less likely
+  # ratios 1.5, 0.5: their squares 2.25, 0.25, mean 1.25
+  effective = losses.summary(metrics)['policy/effective']
+  np.testing.assert_allclose(effective, 1 / 1.25, rtol=1e-6)
   np.testing.assert_allclose(metrics['policy/ratio'], 1.0, rtol=1e-6)
 
 
@@ -234,11 +183,10 @@ def test_weights_make_means(batch):
 
 
 @pytest.mark.parametrize(
-  ('chunk', 'temperature'), [(1, 1.0), (17, 0.7), (36, 1.0), (256, 0.7)]
+  ('held', 'temperature'),
+  [(1, 1.0), (3 * B * M, 0.7), (17 * B * M, 1.0), (1 << 20, 0.7)],
 )
-def test_token_logprobs_are_the_naive_ones(
-  variables, batch, chunk, temperature
-):
+def test_token_logprobs_are_the_naive_ones(variables, batch, held, temperature):
   @jax.jit
   def logprobs(variables, batch):
     hidden, _ = APPLY(variables, batch.tokens, batch.positions)
@@ -249,7 +197,7 @@ def test_token_logprobs_are_the_naive_ones(
       batch.before,
       batch.actions,
       temperature=temperature,
-      chunk=chunk,
+      held=held,
     )
 
   np.testing.assert_allclose(
@@ -259,29 +207,66 @@ def test_token_logprobs_are_the_naive_ones(
   )
 
 
+@pytest.mark.parametrize('held', [1, 5 * B * M, 1 << 20])
+def test_entropy_and_its_gradient_are_the_naive_ones(variables, batch, held):
+  def naive(variables):
+    hidden, _ = APPLY(variables, batch.tokens, batch.positions)
+    at = jnp.take_along_axis(hidden, batch.before[..., None], axis=1)
+    logprobs = jax.nn.log_softmax(UNEMBED(variables, at) / 0.7)
+    return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=2)
+
+  def blocks(variables):
+    return step.scores(
+      APPLY, UNEMBED, variables, batch, temperature=0.7, held=held
+    ).entropy
+
+  def both(entropy):
+    def total(variables):
+      found = entropy(variables)
+      return jnp.sum(jnp.sin(found)), found
+
+    return quickly(jax.value_and_grad(total, has_aux=True))(variables)
+
+  chex.assert_trees_all_close(both(blocks), both(naive), atol=2e-5)
+
+
 def test_token_logprobs_never_hold_all_logits(variables, batch):
   hidden, _ = APPLY(variables, batch.tokens, batch.positions)
 
-  def total(variables, hidden, chunk):
+  def total(variables, hidden, held):
     return jnp.sum(
       token_logprobs(
-        UNEMBED, variables, hidden, batch.before, batch.actions, chunk=chunk
+        UNEMBED, variables, hidden, batch.before, batch.actions, held=held
       )
     )
 
-  def logits(chunk):
+  def logits(blocks):
     graph = jax.make_jaxpr(jax.grad(total, (0, 1)), static_argnums=2)
-    return max(_sizes(graph(variables, hidden, chunk).jaxpr, CONFIG.vocab))
+    held = B * M * CONFIG.vocab // blocks
+    program = graph(variables, hidden, held).jaxpr
+    return max(_sizes(program, CONFIG.vocab // blocks))
 
-  assert logits(8) == 8 * CONFIG.vocab  # forward and backward
-  assert logits(B * M) == B * M * CONFIG.vocab
+  assert logits(8) == B * M * CONFIG.vocab // 8  # forward and backward
+  assert logits(1) == B * M * CONFIG.vocab
+
+
+def test_a_model_without_a_table_is_refused(variables, batch):
+  params = {'other': variables['params']['embed']}
+  with pytest.raises(ValueError, match="'other'.*embed/embedding"):
+    token_logprobs(
+      UNEMBED,
+      {'params': params},
+      jnp.zeros((B, S, 32)),
+      batch.before,
+      batch.actions,
+    )
 
 
 def _sizes(jaxpr, vocab):
   """Sizes of all arrays of logits in a program, inner ones with them."""
   for equation in jaxpr.eqns:
     for variable in equation.outvars:
-      if variable.aval.shape[-1:] == (vocab,):
+      if variable.aval.shape in ((B, M, vocab), (B * M, vocab)):
         yield variable.aval.size
     for inner in jax.extend.core.jaxprs_in_params(equation.params):
       yield from _sizes(inner, vocab)
@@ -297,7 +282,7 @@ LOSS = functools.partial(learn.clipped_loss, kl=0.1)
 def update(variables):
   """One jitted step; it counts as new what is static."""
   loss_fn = step.policy_loss(
-    APPLY, UNEMBED, LOSS, {}, temperature=0.8, chunk=16
+    APPLY, UNEMBED, LOSS, {}, temperature=0.8, held=4096
   )
   return quickly(
     functools.partial(learn.train_step, loss_fn=loss_fn, optimizer=OPTIMIZER),
@@ -375,7 +360,7 @@ def test_the_learner_applies_the_edits_of_the_rollout(variables, batch):
   apply = taps.edited(APPLY, edits.stored)
   vector = 2 * jax.random.normal(jax.random.key(3), (2, 32))
   loss_fn = functools.partial(
-    step.policy_loss, apply, UNEMBED, LOSS, temperature=1.0, chunk=16
+    step.policy_loss, apply, UNEMBED, LOSS, temperature=1.0, held=4096
   )
   weights = losses.per_token(batch)
 
@@ -396,7 +381,7 @@ def test_what_is_not_trained_stays_under_what_is(variables, batch):
   mlp = {'layers': {'mlp': params['layers']['mlp']}}
   rest = {**params, 'layers': {**params['layers'], 'mlp': {}}}
   loss_fn = functools.partial(
-    step.policy_loss, APPLY, UNEMBED, LOSS, temperature=1.0, chunk=16
+    step.policy_loss, APPLY, UNEMBED, LOSS, temperature=1.0, held=4096
   )
   gradient = lambda more: jax.grad(loss_fn(more), has_aux=True)
   part, aux = quickly(gradient({'params': rest}))(mlp, batch, weights)
@@ -414,7 +399,7 @@ def bandit(name):
   optimizer = optax.adam(3e-2)
   ones = jnp.ones((32, 1), jnp.int32)
   loss_fn = step.policy_loss(
-    APPLY, UNEMBED, algorithm.loss, {}, temperature=1.0, chunk=32
+    APPLY, UNEMBED, algorithm.loss, {}, temperature=1.0, held=4096
   )
 
   def logprobs(params):
@@ -426,15 +411,24 @@ def bandit(name):
     table = logprobs(state.params)
     actions = jax.random.categorical(key, table, shape=ones.shape)
     mask = ones == 1
+    reference = logprobs(start)[actions]
+    earned = advantages.Earned(
+      rewards=jnp.float32(actions == 7),
+      mask=mask[..., None],
+      group=8,
+      values=0.5 * mask[..., None],
+      shift=(table[actions] - reference)[..., None],
+      process=0.5 * jnp.float32(actions == 7)[..., None],
+    )
     batch = learn.Batch(
       tokens=ones,
       positions=0 * ones,
       before=0 * ones,
       actions=actions,
       mask=mask,
-      advantages=algorithm.advantage(jnp.float32(actions == 7), mask),
+      advantages=algorithm.advantage(earned).policy[..., 0],
       old_logprobs=table[actions],
-      reference_logprobs=logprobs(start)[actions],
+      reference_logprobs=reference,
     )
     state, _ = learn.train_step(
       state,

@@ -149,7 +149,9 @@ def test_unstacked_layers_are_adapted_alike(full):
 
 
 def test_remat_changes_nothing(full, gradient):
-  again = gradient_of(lora.adapted(decoder.functions(CONFIG, remat=True).apply))
+  again = gradient_of(
+    lora.adapted(decoder.functions(CONFIG, remat='full').apply)
+  )
   jax.tree.map(functools.partial(close, atol=1e-4), again(full), gradient)
 
 
@@ -297,7 +299,7 @@ def update(state, base, scales, batch):
     learn.clipped_loss,
     {**base, 'lora': scales},
     temperature=1.0,
-    chunk=64,
+    held=4096,
     trained='lora',
   )
   return learn.train_step(

@@ -172,7 +172,7 @@ def start(params):
 
 def update(state, batch, microbatches=1, apply=APPLY):
   loss_fn = step.policy_loss(
-    apply, UNEMBED, learn.clipped_loss, {}, temperature=1.0, chunk=48
+    apply, UNEMBED, learn.clipped_loss, {}, temperature=1.0, held=8192
   )
   return learn.train_step(
     state,
@@ -260,7 +260,7 @@ def update_adapter(weights, base, scales, batch, rows=lambda apply: apply):
     learn.clipped_loss,
     {**base, 'lora': scales},
     temperature=1.0,
-    chunk=48,
+    held=8192,
     trained='lora',
   )
   return learn.train_step(

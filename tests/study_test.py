@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from persona_jax import lab, main, metrics, models, study, train, trees
+from persona_jax import (
+  lab,
+  learn,
+  main,
+  metrics,
+  models,
+  study,
+  train,
+  trees,
+)
 from persona_jax.models import adapter_file, decoder
 from persona_jax.models.config import DecoderConfig, Kind, Rope
 
@@ -283,3 +292,23 @@ def _fails(capsys, *argv) -> str:
   said = capsys.readouterr().err.strip()
   assert '\n' not in said and 'Traceback' not in said
   return said
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name == 'ppo' else pytest.param(name, marks=pytest.mark.slow)
+    for name in learn.ALGORITHMS
+  ],
+)
+def test_every_algorithm_trains_all_parameters(config, tmp_path, name):
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.rl.loss = {}
+    config.rl.update(algorithm=name, epochs=2, minibatches=2, steps=1)
+  opened, result = trained(config, tmp_path, rank=0)
+  [told] = result.log
+  assert all(np.isfinite(list(told.values()))), told
+  before = trees.flatten(opened.model.variables['params'])
+  for name, leaf in trees.flatten(result.policy['params']).items():
+    assert np.any(leaf != before[name]), name

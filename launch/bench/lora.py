@@ -44,7 +44,7 @@ def main():
   parser.add_argument('--rows', type=int, default=8)
   parser.add_argument('--length', type=int, default=1024)
   parser.add_argument('--microbatches', type=int, nargs='*', default=[8, 1])
-  parser.add_argument('--chunk', type=int, default=256)  # tokens of logits
+  parser.add_argument('--held', type=int, default=1 << 24)  # logits
   parser.add_argument('--layers', type=int, default=32)
   parser.add_argument('--full', action='store_true', help='all parameters too')
   parser.add_argument('--tpu', help='a topology to compile for')
@@ -65,7 +65,7 @@ def measure(config, rank, parts, flags, device):
     functools.partial(decoder.init, config), jax.random.key(0)
   )['params']
   base = {'params': narrow(params)}
-  apply, unembed = decoder.functions(config, dtype=jnp.bfloat16, remat=True)
+  apply, unembed = decoder.functions(config, dtype=jnp.bfloat16, remat='full')
   if rank is None:
     weights, base, scales, collection = params, {}, {}, 'params'
   else:
@@ -83,7 +83,7 @@ def measure(config, rank, parts, flags, device):
       learn.clipped_loss,
       base,
       temperature=1.0,
-      chunk=flags.chunk,
+      held=flags.held,
       trained=collection,
     )
     return learn.train_step(

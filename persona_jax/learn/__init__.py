@@ -1,18 +1,31 @@
 """The learner: advantages, losses, and one step for every algorithm."""
 
-from persona_jax.learn.advantages import group_relative, leave_one_out
-from persona_jax.learn.algorithms import ALGORITHMS, Algorithm
+from persona_jax.learn.advantages import Advantages, Earned
+from persona_jax.learn.algorithms import (
+  ALGORITHMS,
+  PREFERENCES,
+  Algorithm,
+  Preference,
+)
 from persona_jax.learn.losses import Batch, clipped_loss
-from persona_jax.learn.step import TrainState, init_state, train_step
+from persona_jax.learn.step import (
+  TrainState,
+  init_state,
+  policy_loss,
+  train_step,
+)
 
 __all__ = [
   'ALGORITHMS',
+  'PREFERENCES',
+  'Advantages',
   'Algorithm',
   'Batch',
+  'Earned',
+  'Preference',
   'TrainState',
   'clipped_loss',
-  'group_relative',
   'init_state',
-  'leave_one_out',
+  'policy_loss',
   'train_step',
 ]

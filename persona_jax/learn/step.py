@@ -8,7 +8,8 @@ import optax
 from flax import struct
 from jaxtyping import PyTree
 
-from persona_jax.learn.logprobs import token_logprobs
+from persona_jax import masked, trees
+from persona_jax.learn.logprobs import Scores, token_scores
 from persona_jax.learn.losses import Batch
 
 
@@ -32,8 +33,9 @@ def policy_loss(
   loss,
   variables: PyTree,
   *,
-  temperature: float,
-  chunk: int,
+  temperature: float = 1.0,
+  held: int = 1 << 24,
+  entropy: float = 0.0,
   trained: str = 'params',
 ) -> Callable:
   """`loss_fn(params, batch, weights)` of a policy with `apply`.
@@ -44,23 +46,34 @@ def policy_loss(
 
   `trained` names the collection that `params` are the leaves of; what else it
   holds (the scales of `lora`, a frozen part of a model) is in `variables`.
+  `entropy` is the weight of a bonus, the mean entropy of the tokens.
   """
 
   def loss_fn(params, batch: Batch, weights):
     full = _over(variables, {trained: params})
-    hidden, _ = apply(full, batch.tokens, batch.positions)
-    logprobs = token_logprobs(
-      unembed,
-      full,
-      hidden,
-      batch.before,
-      batch.actions,
-      temperature=temperature,
-      chunk=chunk,
+    found = scores(
+      apply, unembed, full, batch, temperature=temperature, held=held
     )
-    return loss(logprobs, batch, weights)
+    value, metrics = loss(found.logprobs, batch, weights)
+    if weights.shape == batch.mask.shape:
+      mean = masked.total(weights * found.entropy, batch.mask)
+      value, metrics = (
+        value - entropy * mean,
+        metrics | {'policy/entropy': mean},
+      )
+    return value, metrics
 
   return loss_fn
+
+
+def scores(apply, unembed, variables: PyTree, batch: Batch, **how) -> Scores:
+  """What a model says of the batch's actions, `[*B M]`; see `token_scores`."""
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  hidden, _ = apply(variables, flat(batch.tokens), flat(batch.positions))
+  found = token_scores(
+    unembed, variables, hidden, flat(batch.before), flat(batch.actions), **how
+  )
+  return Scores(*[x.reshape(batch.actions.shape) for x in found])
 
 
 def train_step(
@@ -75,7 +88,9 @@ def train_step(
   """One update; `loss_fn(params, batch, weights)` gives (loss, metrics).
 
   Microbatches are read one after the other; `weights` sum to one over the
-  whole batch, so their sums are what one batch gives.
+  whole batch, so their sums are what one batch gives. Where the loss or a
+  gradient is not finite the state stays as it was, and `step/culprit` says
+  where (`culprit`).
 
   Raises:
     ValueError: the batch does not divide into `microbatches`.
@@ -85,11 +100,25 @@ def train_step(
   )
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(grads)]
+  wrong = ~jnp.stack([jnp.isfinite(metrics['loss']), *flags])
+  fine = ~jnp.any(wrong)
+  new = TrainState(state.step + 1, params, opt_state)
+  state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, state)
   metrics |= {
     'norm/grads': optax.tree.norm(grads),
     'norm/updates': optax.tree.norm(updates),
+    'step/culprit': jnp.where(fine, -1, jnp.argmax(wrong)),
   }
-  return TrainState(state.step + 1, params, opt_state), metrics
+  return state, metrics
+
+
+def culprit(number: int, params: PyTree) -> str | None:
+  """What `step/culprit` means: None, the loss, or the gradient of a leaf."""
+  if number < 0:
+    return None
+  names = trees.flatten(params)
+  return ['the loss', *[f'the gradient of {x}' for x in names]][number]
 
 
 def _over(below, above):

@@ -1,0 +1,362 @@
+"""From a rollout and its rewards to an update, for any row of the tables.
+
+Two compiled programs: `prepare` reads a rollout once under every model that the
+algorithm needs, `update` learns from some rows of what that gives.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import PyTree
+
+from persona_jax import learn
+from persona_jax.dialogue import POLICY, Dialogue, view
+from persona_jax.lab import Lab
+from persona_jax.learn import advantages, critic, losses, process, sharding
+from persona_jax.learn.advantages import Earned
+from persona_jax.learn.algorithms import CRITIC, PROCESS, REFERENCE
+from persona_jax.learn.losses import Batch
+from persona_jax.learn.step import culprit, policy_loss, scores
+from persona_jax.models import decoder, lora
+
+PARTS = ('policy', 'critic', 'process')  # fields of `States`
+
+
+@struct.dataclass
+class States:
+  """Train states of all that learns; None where an algorithm has no such."""
+
+  policy: PyTree  # in trees of shapes or places, one of those
+  critic: PyTree = None
+  process: PyTree = None
+
+
+class Trained(NamedTuple):
+  """What is trained, and how it becomes a policy."""
+
+  start: PyTree  # before the first step
+  collection: str  # that it is the leaves of: 'params' or 'lora'
+  fixed: PyTree  # what else that collection holds
+  policy: Callable  # trained -> {'params': ..., 'lora': ...}
+
+
+class Learner:
+  """An algorithm on a model, compiled for one shape of rollouts."""
+
+  def __init__(self, lab: Lab, config):
+    rl = config.rl
+    self._lab, self._rl = lab, rl
+    self._algorithm = learn.ALGORITHMS[rl.algorithm]
+    self._advantage = numbered(
+      self._algorithm.advantage, rl.advantage.to_dict()
+    )
+    self._loss = numbered(self._algorithm.loss, rl.loss.to_dict())
+    self._needs = set(self._algorithm.needs)
+    pulled = any(_number(f, 'kl') > 0 for f in (self._advantage, self._loss))
+    if pulled or PROCESS in self._needs:
+      self._needs.add(REFERENCE)
+    self.trained = _adapter(lab, config) if rl.adapter.rank else _whole(lab)
+    self.mesh = sharding.make_mesh()
+    model = decoder.functions(
+      lab.model.config,
+      dtype=jnp.dtype(config.dtype),
+      remat=rl.remat,
+      attend=config.attend or None,
+    )
+    self._apply = sharding.by_rows(lora.adapted(model.apply), self.mesh)
+    self._unembed = model.unembed
+    self._read = functools.partial(
+      scores,
+      self._apply,
+      self._unembed,
+      temperature=config.rollout.temperature,
+      held=rl.held,
+    )
+    rates = (rl.learning_rate, rl.critic_rate, rl.process_rate)
+    self._optimizers = {
+      name: optax.chain(
+        optax.clip_by_global_norm(rl.max_grad_norm),
+        optax.adamw(rate, b2=0.95, weight_decay=rl.weight_decay),
+      )
+      for name, rate in zip(PARTS, rates, strict=True)
+    }
+    self._programs = {}
+
+  def init(self) -> States:
+    """The states before the first step, each in its place."""
+    start, whole = self.trained.start, self._lab.model.variables['params']
+    starts = {'policy': start}
+    if CRITIC in self._needs:
+      starts['critic'] = critic.init(whole, self._lab.model.config.features)
+    if PROCESS in self._needs:
+      starts['process'] = whole
+    return States(
+      **{
+        name: sharding.init_sharded(
+          functools.partial(_begin, self._optimizers[name]),
+          self.mesh,
+          params,
+        )
+        for name, params in starts.items()
+      }
+    )
+
+  def prepare(self, states: States, said: Dialogue, rewards) -> tuple:
+    """`(batch, metrics)`: a rollout as something to learn from."""
+    if 'prepare' not in self._programs:
+      self._programs['prepare'] = jax.jit(self._prepare)
+    return self._programs['prepare'](
+      states, self._lab.model.variables, said, rewards
+    )
+
+  def update(self, states: States, batch: Batch, rows) -> tuple[States, dict]:
+    """One update by some rows of a batch; the metrics stay on the devices."""
+    if 'update' not in self._programs:
+      places = jax.tree.map(lambda x: x.sharding, states)
+      self._programs['update'] = jax.jit(
+        self._update, out_shardings=(places, None), donate_argnums=0
+      )
+    return self._programs['update'](
+      states, self._lab.model.variables, batch, rows
+    )
+
+  @staticmethod
+  def failed(metrics: Mapping[str, float]) -> bool:
+    """Whether an update met a number that is not finite, and was left out."""
+    return any(metrics.get(f'{name}/culprit', -1) >= 0 for name in PARTS)
+
+  def check(self, metrics: Mapping[str, float], states: States):
+    """Raises where an update met a number that is not finite.
+
+    Raises:
+      FloatingPointError: names the first one; the state is from before it.
+    """
+    for name in PARTS:
+      number = int(metrics.get(f'{name}/culprit', -1))
+      if number >= 0:
+        state = getattr(states, name)
+        what = culprit(number, state.params)
+        raise FloatingPointError(
+          f'{what} of the {name} is not finite in step {int(state.step) + 1}; '
+          'the state is from before that step. Lower the learning rate, look '
+          'at the rewards, or set rl.skip to leave such steps out.'
+        )
+
+  def _variables(self, params, base):
+    """What `apply` takes of trained parameters."""
+    if self.trained.collection == 'params':
+      return {'params': params}
+    return {**base, 'lora': lora.joined(params, self.trained.fixed)}
+
+  def _prepare(self, states, base, said, rewards):
+    rl, needs = self._rl, self._needs
+    batch, own = to_batch(self._lab, said)
+    batch = jax.lax.with_sharding_constraint(
+      batch, sharding.batch_sharding(self.mesh)
+    )
+    shape = own(said.tokens).shape
+    lines = lambda x: None if x is None else x.reshape(shape)
+    sampled, extra, metrics = batch.old_logprobs, {}, {}
+    if rl.truncate:
+      variables = self._variables(states.policy.params, base)
+      old = self._read(variables, batch).logprobs
+      correction = losses.truncated(old, sampled, batch.mask, rl.truncate)
+      batch = batch.replace(old_logprobs=old, correction=correction)
+    if REFERENCE in needs:
+      reference = self._read(base, batch).logprobs
+      batch = batch.replace(reference_logprobs=reference)
+      extra['shift'] = lines(batch.old_logprobs - reference)
+    if CRITIC in needs:
+      values = critic.read(self._apply, base, states.critic.params, batch)
+      batch = batch.replace(old_values=values)
+      extra['values'] = lines(values)
+    if PROCESS in needs:
+      model = self._read({'params': states.process.params}, batch).logprobs
+      extra['process'] = lines(
+        process.implicit(model, batch.reference_logprobs, batch.mask)
+      )
+    earned = Earned(
+      rewards=own(rewards), mask=own(said.mask), group=rl.group, **extra
+    )
+    found = self._advantage(earned)
+    flat = lambda x: None if x is None else x.reshape(x.shape[0], -1)
+    batch = batch.replace(
+      advantages=flat(found.policy), returns=flat(found.returns)
+    )
+    if PROCESS in needs:
+      label = process.outcomes(earned.rewards, earned.spoken, rl.group)
+      batch = batch.replace(label=label)
+    if self._algorithm.group:
+      metrics['groups/idle'] = advantages.idle_groups(earned)
+    return batch, metrics
+
+  def _update(self, states, base, batch, rows):
+    rl, algorithm = self._rl, self._algorithm
+    batch = jax.tree.map(lambda x: x[rows], batch)
+    batch = jax.lax.with_sharding_constraint(
+      batch, sharding.batch_sharding(self.mesh)
+    )
+    step = functools.partial(learn.train_step, microbatches=rl.microbatches)
+    policy_of = functools.partial(
+      policy_loss,
+      self._apply,
+      self._unembed,
+      temperature=self._lab.temperature,
+      held=rl.held,
+    )
+    rest = {}
+    if self.trained.collection == 'lora':
+      rest = {**base, 'lora': self.trained.fixed}
+    weights = algorithm.weights(batch)
+    policy, metrics = step(
+      states.policy,
+      batch,
+      weights,
+      loss_fn=policy_of(
+        self._loss,
+        rest,
+        entropy=rl.entropy,
+        trained=self.trained.collection,
+      ),
+      optimizer=self._optimizers['policy'],
+    )
+    metrics['policy/culprit'] = metrics.pop('step/culprit')
+    states = states.replace(policy=policy)
+    if states.critic is not None:
+      new, told = step(
+        states.critic,
+        batch,
+        losses.per_token(batch),
+        loss_fn=critic.loss(self._apply, base),
+        optimizer=self._optimizers['critic'],
+      )
+      states = states.replace(critic=new)
+      metrics |= _named('critic', told)
+    if states.process is not None:
+      new, told = step(
+        states.process,
+        batch,
+        losses.per_row(batch),
+        loss_fn=policy_of(process.outcome_loss, {}),
+        optimizer=self._optimizers['process'],
+      )
+      states = states.replace(process=new)
+      metrics |= _named('process', told)
+    return states, losses.summary(metrics)
+
+
+def to_batch(lab: Lab, said: Dialogue) -> tuple[Batch, Callable]:
+  """The policy's lines as a learner's batch, and `own`, which picks them.
+
+  The old log-probabilities are those of sampling, where no line may begin with
+  a stop token; the learner does not bar it, so on policy the ratio of a first
+  token is 1 - P(stop). `policy/ratio` shows how near to one that is.
+  """
+  seen = view(said, POLICY, lab.frame)
+  own = lambda x: x[:, POLICY::2]
+  mask = own(said.mask)
+  flat = lambda x: x.reshape(x.shape[0], -1)
+  line = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :, None]
+  old = flat(own(said.logprobs))
+  return Batch(
+    tokens=seen.tokens,
+    positions=seen.positions,
+    before=flat(own(seen.before)),
+    actions=flat(own(said.tokens)),
+    mask=flat(mask),
+    advantages=jnp.zeros_like(old),
+    old_logprobs=old,
+    reference_logprobs=jnp.zeros_like(old),
+    line=flat(jnp.broadcast_to(line, mask.shape)),
+  ), own
+
+
+def numbered(fn: Callable, numbers: Mapping) -> Callable:
+  """`fn` with some of its numbers replaced.
+
+  Raises:
+    ValueError: it has no number of that name.
+  """
+  known = [
+    name
+    for name, x in inspect.signature(fn).parameters.items()
+    if x.kind is inspect.Parameter.KEYWORD_ONLY
+  ]
+  for name in numbers:
+    if name not in known:
+      inner = fn.func if isinstance(fn, functools.partial) else fn
+      raise ValueError(
+        f'{inner.__name__} has no number {name!r}; its numbers are {known}.'
+      )
+  return functools.partial(fn, **numbers)
+
+
+def _number(fn, name):
+  """The number of a function that is called so; 0 where it has none."""
+  found = inspect.signature(fn).parameters.get(name)
+  return 0 if found is None else found.default
+
+
+def minibatches(
+  rows: int, count: int, epochs: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+  """Rows of each update: `epochs` shuffled rounds of `count` equal parts.
+
+  One part is all rows in their order.
+
+  Raises:
+    ValueError: the rows do not divide into `count` parts.
+  """
+  if rows % count:
+    raise ValueError(
+      f'rollout.batch={rows} does not divide into rl.minibatches={count}.'
+    )
+  if count == 1:
+    return [np.arange(rows)] * epochs
+  orders = [rng.permutation(rows) for _ in range(epochs)]
+  return [part for order in orders for part in np.split(order, count)]
+
+
+def _begin(optimizer, params):
+  return learn.init_state(jax.tree.map(jnp.copy, params), optimizer)
+
+
+def _named(name, metrics):
+  """Metrics of another thing that learns beside the policy."""
+  own = {'loss', 'norm/grads', 'norm/updates', 'step/culprit'}
+  new = {k: v for k, v in metrics.items() if k not in own}
+  rename = {k: f'{name}/{k.rpartition("/")[2]}' for k in own & set(metrics)}
+  return new | {new_name: metrics[k] for k, new_name in rename.items()}
+
+
+def _whole(lab: Lab) -> Trained:
+  """All parameters."""
+  return Trained(
+    start=lab.model.variables['params'],
+    collection='params',
+    fixed={},
+    policy=lambda params: {'params': params},
+  )
+
+
+def _adapter(lab: Lab, config) -> Trained:
+  """A low-rank adapter; the model itself stays as it is."""
+  key = jax.random.fold_in(jax.random.key(config.seed), 5)
+  adapter = lora.init(lab.model.config, key, **config.rl.adapter)
+  start, scales = lora.split(adapter)
+  return Trained(
+    start=start,
+    collection='lora',
+    fixed=scales,
+    policy=lambda weights: {
+      **lab.model.variables,
+      'lora': lora.joined(weights, scales),
+    },
+  )
