@@ -1,47 +1,191 @@
 """Train states on disk, through orbax; the newest whole one is restored."""
 
+import os
+import signal
+import threading
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+
+from persona_jax import metrics, trees
+
+TERMINATED = 128 + signal.SIGTERM  # the exit status of who was told to end
+
+
+class Found(NamedTuple):
+  """What a checkpoint held."""
+
+  step: int
+  state: Any
+  record: dict
 
 
 class Checkpoints:
-  """The checkpoints of one run; keeps the newest only."""
+  """The checkpoints of one run: arrays, and a record that JSON can hold.
 
-  def __init__(self, folder: Path):
+  They are written while training goes on, each whole or not at all, with a sum
+  of the bits of every array: one that cannot be read, or whose bits have
+  changed, is passed over for the one before.
+  """
+
+  def __init__(self, folder: Path, *, keep: int = 2, background: bool = True):
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=1, enable_async_checkpointing=False
+      max_to_keep=keep, enable_async_checkpointing=background
     )
-    self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    self.folder = folder.absolute()
+    self._manager = ocp.CheckpointManager(self.folder, options=options)
 
   @property
-  def latest(self) -> int | None:
-    """The step of the newest checkpoint; None where there is none."""
-    return self._manager.latest_step()
+  def steps(self) -> list[int]:
+    """The steps that are on disk, the newest first."""
+    return sorted(self._manager.all_steps(), reverse=True)
 
-  def save(self, step: int, state: Any, log: list[dict]):
-    """Writes `state` and the metrics so far."""
+  def save(self, step: int, state: Any, record: dict):
+    """Writes `state` and `record`; returns when they may change."""
+    sums = {k: int(x) for k, x in jax.device_get(_sums(state)).items()}
     self._manager.save(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), log=ocp.args.JsonSave(log)
+        state=ocp.args.StandardSave(state),
+        record=ocp.args.JsonSave(metrics.plain({**record, 'sums': sums})),
       ),
+      force=True,
     )
-    self._manager.wait_until_finished()
 
-  def restore(self, like: Any) -> tuple[Any, list[dict]]:
-    """The newest state, in the shapes and places of `like`, and metrics."""
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    found = self._manager.restore(
-      self.latest,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract), log=ocp.args.JsonRestore()
-      ),
+  def restore(self, like: Any, step: int | None = None) -> Found | None:
+    """The newest that can be read, in the shapes and places of `like`.
+
+    None where there is none. With `step`, that one or an error.
+
+    Raises:
+      ValueError: nothing that is there can be read, or not that step.
+    """
+    self._manager.wait_until_finished()
+    steps = self.steps if step is None else [step]
+    for number in steps:
+      try:
+        return self._read(number, like)
+      except Exception as error:  # whatever orbax says of a broken file
+        reason = f'{type(error).__name__}: {str(error).splitlines()[0][:200]}'
+        warnings.warn(
+          f'the checkpoint {self.folder / str(number)} cannot be read '
+          f'({reason}); the one before it is taken.',
+          stacklevel=2,
+        )
+    if not steps:
+      return None
+    raise ValueError(
+      f'no checkpoint in {self.folder} can be read, of the steps {steps}; '
+      'give another --workdir to begin anew.'
     )
-    return found.state, found.log
 
   def close(self):
     """Waits for what is being written."""
+    self._manager.wait_until_finished()
     self._manager.close()
+
+  def _read(self, step, like):
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    found = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract),
+        record=ocp.args.JsonRestore(),
+      ),
+    )
+    record = dict(found.record)
+    sums = record.pop('sums')
+    now = {k: int(x) for k, x in jax.device_get(_sums(found.state)).items()}
+    differ = [name for name, x in now.items() if sums.get(name) != x]
+    if differ:
+      raise ValueError(f'the bits of {differ[0]} are not those that were saved')
+    return Found(step, found.state, record)
+
+
+class Guard:
+  """Saves the newest state when SIGTERM comes, and ends the process.
+
+  The signal may come while the main thread waits for a device, when Python
+  runs no handler: a thread of its own waits for it. `offer` what may be saved;
+  `changing()` holds the thread off while a state is given away to an update.
+  Processes that share a mesh agree on a step by themselves (`due`).
+  """
+
+  def __init__(self, saved: Checkpoints):
+    self._saved, self._offered = saved, None
+    self._lock = threading.Lock()
+
+  def offer(self, step: int, state: Any, record: dict):
+    """What to save from now on."""
+    self._offered = step, state, record
+
+  def changing(self):
+    """A context in which what was offered is not to be read."""
+    return self._lock
+
+  def due(self, step: int) -> bool:
+    """Whether all processes were told to end, and save at this step."""
+    if jax.process_count() == 1:
+      return False
+    return self._saved._manager.reached_preemption(step)
+
+  def __enter__(self):
+    self._several = jax.process_count() > 1
+    main = threading.current_thread() is threading.main_thread()
+    if self._several or not main:
+      return self
+    self._reads, self._writes = os.pipe()
+    os.set_blocking(self._writes, False)
+    self._before = (
+      signal.signal(signal.SIGTERM, lambda *_: None),
+      signal.set_wakeup_fd(self._writes),
+    )
+    threading.Thread(target=self._wait, daemon=True).start()
+    return self
+
+  def __exit__(self, *_):
+    if not hasattr(self, '_before'):
+      return
+    handler, wakeup = self._before
+    signal.signal(signal.SIGTERM, handler)
+    signal.set_wakeup_fd(wakeup)
+    os.write(self._writes, _OVER)
+
+  def _wait(self):
+    while (told := os.read(self._reads, 1)) != _OVER:
+      if told and told[0] == signal.SIGTERM:
+        with self._lock:
+          self.save()
+          self._saved.close()
+          os._exit(TERMINATED)
+    os.close(self._reads)
+    os.close(self._writes)
+
+  def save(self):
+    """Writes what was offered, unless it is there."""
+    if self._offered is not None:
+      step, state, record = self._offered
+      if step not in self._saved.steps:
+        self._saved.save(step, state, record)
+
+
+@jax.jit
+def _sums(tree):
+  """The sum of the bits of each array, modulo 2^32, by name."""
+  return {name: _sum(x) for name, x in trees.flatten(tree).items()}
+
+
+def _sum(x):
+  kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+  if x.dtype == jnp.bool:
+    bits = x.astype(kind)
+  else:
+    bits = jax.lax.bitcast_convert_type(x, kind)
+  return jnp.sum(bits, dtype=jnp.uint32)
+
+
+_OVER = b'\0'
