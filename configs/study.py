@@ -45,7 +45,7 @@ def get_config(arg: str = 'laptop'):
     skip=False,  # leave out steps with numbers that are not finite
     remat='full',  # what a layer keeps for its gradient
     advantage=dict(),  # numbers of the algorithm's advantage, by name
-    loss=dict(kl=0.02),  # and of its loss
+    loss=dict(),  # and of its loss
     max_grad_norm=1.0,
     adapter=dict(rank=0, alpha=32.0, targets=''),  # 0: all parameters
     microbatches=1,

@@ -93,9 +93,9 @@ def read_words(
   return plain, options, fields
 
 
-def parse_study(words: list[str]):
-  """`(config, options)` of the words that follow `study`."""
-  defaults = {'config': 'study', 'workdir': 'runs/study', 'quiet': False}
+def parse_study(words: list[str], workdir: str = 'runs/study'):
+  """`(config, options)` of the words that follow `study` or `train`."""
+  defaults = {'config': 'study', 'workdir': workdir, 'quiet': False}
   plain, options, fields = read_words(words, defaults, free='config.')
   if plain:
     raise ValueError(f'unexpected {plain[0]!r}; flags look like --name=value.')
@@ -141,6 +141,10 @@ def override(config, field: str, value: str):
   from ml_collections import ConfigDict
 
   fields = _fields(config)
+  if field not in fields and field.rpartition('.')[0] in FREE:
+    with config.unlocked():
+      config.update_from_flattened_dict({field: _number(field, value)})
+    return
   if field not in fields:
     raise ValueError(f'unknown field config.{field}{_near(field, fields)}.')
   now = fields[field]
@@ -149,6 +153,20 @@ def override(config, field: str, value: str):
   with config.unlocked():
     value = _read(f'config.{field}', value, now)
     config.update_from_flattened_dict({field: value})
+
+
+FREE = ('rl.advantage', 'rl.loss')  # groups of numbers that an algorithm knows
+
+
+def _number(field, value):
+  for read in (int, float, {'true': True, 'false': False}.__getitem__):
+    try:
+      return read(value)
+    except (ValueError, KeyError):
+      continue
+  raise ValueError(
+    f'config.{field}={value!r} is no number; give one, or true or false.'
+  )
 
 
 def config_names() -> list[str]:
@@ -170,6 +188,21 @@ def _study(job):
   console.print(f'{workdir / "report.html"}\n{workdir / "results.json"}')
 
 
+def _train(job):
+  from rich.console import Console
+
+  from persona_jax import study
+
+  config, options = job
+  _compile_cache()
+  done = study.train_only(config, options['workdir'], quiet=options['quiet'])
+  last = done['steps'][-1]
+  console = Console()
+  for name, value in last.items():
+    console.print(f'{name:<28} {value:.4g}')
+  console.print(f'{Path(options["workdir"]) / "policies" / "rl"}')
+
+
 def _models(job):
   from persona_jax import inventory
 
@@ -186,6 +219,15 @@ PROGRAMS = {
     ),
     parse_study,
     _study,
+  ),
+  'train': Program(
+    'multi-turn RL alone, by any row of learn.ALGORITHMS',
+    (
+      '[--config=FILE[:arg]] [--workdir=DIR] [--quiet]',
+      '[--config.rl.algorithm=ppo] [--config.rl.loss.clip=0.1 ...]',
+    ),
+    lambda words: parse_study(words, 'runs/train'),
+    _train,
   ),
   'models': Program(
     'what can be loaded, what is cached, and what fits on a mesh',

@@ -29,6 +29,72 @@ def progress(title: str, total: int, *, quiet: bool = False):
     yield lambda count=1: bar.advance(task, count)
 
 
+class Scribe:
+  """Writes the metrics of each step: `metrics.jsonl`, and TensorBoard events.
+
+  Steps after the first `done` that an earlier start has written are dropped, as
+  they are taken again. With `wandb` in the environment variable
+  `PERSONA_JAX_METRICS`, Weights & Biases is told too.
+  """
+
+  def __init__(self, folder: Path, done: int = 0):
+    self._path, self._folder = folder / 'metrics.jsonl', folder
+    lines = []
+    if self._path.exists():
+      lines = self._path.read_text(encoding='utf-8').splitlines()[:done]
+    text = ''.join(f'{line}\n' for line in lines)
+    replace(self._path, lambda fresh: fresh.write_text(text, encoding='utf-8'))
+
+  def __enter__(self):
+    from tensorboardX import SummaryWriter
+
+    self._board = SummaryWriter(str(self._folder / 'events'))
+    self._wandb = _wandb(self._folder)
+    return self
+
+  def __exit__(self, *_):
+    self._board.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+  def write(self, record: dict, texts: list[list[str]] = ()):
+    """One step: its numbers, and some of its dialogues in words."""
+    record = plain(record)
+    step = record['step']
+    with self._path.open('a', encoding='utf-8') as file:
+      file.write(json.dumps(record, allow_nan=False) + '\n')
+    numbers = {k: x for k, x in record.items() if x is not None and k != 'step'}
+    for name, value in numbers.items():
+      self._board.add_scalar(name, value, step)
+    for i, lines in enumerate(texts[:_TOLD]):
+      said = '\n\n'.join(f'**{n}** {line}' for n, line in enumerate(lines))
+      self._board.add_text(f'dialogue/{i}', said, step)
+    self._board.flush()
+    if self._wandb is not None:
+      self._wandb.log(numbers, step=step)
+
+
+def _wandb(folder):
+  """A run of Weights & Biases, where it is asked for.
+
+  Raises:
+    ImportError: it is asked for and not installed.
+  """
+  if os.environ.get(_METRICS) != 'wandb':
+    return None
+  try:
+    import wandb
+  except ImportError:
+    raise ImportError(
+      f'{_METRICS}=wandb needs wandb; run pip install wandb, or unset it.'
+    ) from None
+  return wandb.init(project='persona_jax', dir=str(folder), name=folder.name)
+
+
+_METRICS = 'PERSONA_JAX_METRICS'
+_TOLD = 2  # dialogues of a step
+
+
 def write_json(path: Path, record: Any):
   """Writes `record` whole or not at all; non-finite numbers become null."""
   text = json.dumps(plain(record), indent=1, allow_nan=False)

@@ -28,6 +28,7 @@ from persona_jax import (
 from persona_jax import workdir as owned
 from persona_jax.activations import Directions, calibration
 from persona_jax.analysis.calibration import Calibration
+from persona_jax.learner import numbered
 from persona_jax.text import corpus
 
 
@@ -44,6 +45,21 @@ def run(config, workdir, *, quiet: bool = False) -> dict:
   for phase in study.phases:
     study.done(phase)
   return study.results()
+
+
+def train_only(config, workdir, *, quiet: bool = False) -> dict:
+  """The phases that training needs, and training; returns its record.
+
+  Raises:
+    ValueError: the config is out of range, or the workdir is another's.
+  """
+  check(config)
+  workdir = Path(workdir)
+  owned.claim(workdir, config)
+  study = Study(config, workdir, quiet)
+  for phase in ('model', 'judges', 'rl'):
+    study.done(phase)
+  return study.done('rl')
 
 
 def check(config):
@@ -78,6 +94,9 @@ def check(config):
   for field, (value, choices) in known.items():
     if value not in choices:
       raise ValueError(f'{field}={value!r} is unknown; give one of {choices}.')
+  algorithm = learn.ALGORITHMS[config.rl.algorithm]
+  for part in ('advantage', 'loss'):
+    numbered(getattr(algorithm, part), config.rl[part].to_dict())
   if not 0 <= config.cap.first < config.cap.last <= 1:
     raise ValueError(
       f'cap.first={config.cap.first}, cap.last={config.cap.last}: the band '

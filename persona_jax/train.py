@@ -8,10 +8,11 @@ import jax
 import numpy as np
 
 from persona_jax import data, evaluate, rewards
-from persona_jax.checkpoint import Checkpoints
+from persona_jax.checkpoint import TERMINATED, Checkpoints, Guard
 from persona_jax.dialogue import POLICY, Dialogue
 from persona_jax.lab import Lab
 from persona_jax.learner import Learner, minibatches
+from persona_jax.metrics import Scribe
 from persona_jax.models import adapter_file
 
 
@@ -44,22 +45,31 @@ def run(
   learner = Learner(lab, config)
   states = learner.init()
   saved, log = Checkpoints(folder), []
-  if saved.latest is not None:
-    states, log = saved.restore(states)
+  found = saved.restore(states)
+  if found is not None:
+    states, log = found.state, found.record['log']
     advance(len(log))
-  for step in range(len(log), rl.steps):
-    began = time.monotonic()
-    said = _rollout(lab, config, learner, step, states.policy.params)
-    values, metrics = _judged(lab, terms, said)
-    if shuffle:
-      key = jax.random.fold_in(jax.random.key(config.seed), 4)
-      key = jax.random.fold_in(key, step)
-      values = rewards.shuffled(values, key)
-    states, learned = _learned(learner, rl, step, states, said, values)
-    log.append(_record(lab, step, said, metrics | learned, began))
-    if (step + 1) % rl.save_every == 0 or step + 1 == rl.steps:
-      saved.save(step + 1, states, log)
-    advance(1)
+  with Guard(saved) as guard, Scribe(folder, len(log)) as scribe:
+    for step in range(len(log), rl.steps):
+      began = time.monotonic()
+      said = _rollout(lab, config, learner, step, states.policy.params)
+      values, told = _judged(lab, terms, said)
+      if shuffle:
+        key = jax.random.fold_in(jax.random.key(config.seed), 4)
+        key = jax.random.fold_in(key, step)
+        values = rewards.shuffled(values, key)
+      with guard.changing():
+        states, learned = _learned(learner, rl, step, states, said, values)
+        log.append(_record(lab, step, said, told | learned, began))
+        guard.offer(step + 1, states, {'log': log})
+      scribe.write(log[-1], data.texts(lab.chat, said))
+      last = step + 1 == rl.steps or guard.due(step + 1)
+      if last or (step + 1) % rl.save_every == 0:
+        guard.save()
+      advance(1)
+      if last and step + 1 < rl.steps:
+        saved.close()
+        raise SystemExit(TERMINATED)
   saved.close()
   policy = learner.trained.policy(states.policy.params)
   if adapter_file.fits(lab.model.config) and 'lora' in policy:
