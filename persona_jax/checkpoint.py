@@ -37,6 +37,7 @@ class Checkpoints:
       max_to_keep=keep, enable_async_checkpointing=background
     )
     self.folder = folder.absolute()
+    self.last = None  # the step that was saved or restored last
     self._manager = ocp.CheckpointManager(self.folder, options=options)
 
   @property
@@ -55,6 +56,7 @@ class Checkpoints:
       ),
       force=True,
     )
+    self.last = step
 
   def restore(self, like: Any, step: int | None = None) -> Found | None:
     """The newest that can be read, in the shapes and places of `like`.
@@ -103,6 +105,7 @@ class Checkpoints:
     differ = [name for name, x in now.items() if sums.get(name) != x]
     if differ:
       raise ValueError(f'the bits of {differ[0]} are not those that were saved')
+    self.last = step
     return Found(step, found.state, record)
 
 
@@ -159,7 +162,7 @@ class Guard:
     while (told := os.read(self._reads, 1)) != _OVER:
       if told and told[0] == signal.SIGTERM:
         with self._lock:
-          self.save()
+          self._write()
           self._saved.close()
           os._exit(TERMINATED)
     os.close(self._reads)
@@ -167,9 +170,13 @@ class Guard:
 
   def save(self):
     """Writes what was offered, unless it is there."""
+    with self._lock:
+      self._write()
+
+  def _write(self):
     if self._offered is not None:
       step, state, record = self._offered
-      if step not in self._saved.steps:
+      if step != self._saved.last:
         self._saved.save(step, state, record)
 
 
