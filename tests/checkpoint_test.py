@@ -1,5 +1,6 @@
 """Checkpoints: whole or passed over, and a run that goes on where it was."""
 
+import gc
 import signal
 import subprocess
 import sys
@@ -12,6 +13,17 @@ import numpy as np
 import pytest
 
 from persona_jax.checkpoint import TERMINATED, Checkpoints, Guard
+
+# Of what it was reading when a file broke, orbax leaves tasks that end unheard.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::pytest.PytestUnraisableExceptionWarning'
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+  yield
+  gc.collect()  # here, and not in another test
 
 
 def state(seed):
