@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from persona_jax.learn import losses
+from persona_jax.learn import ALGORITHMS, losses
 from persona_jax.learn.losses import Batch
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -138,6 +138,19 @@ def test_reinforce_by_hand():
   loss, grads = value(jnp.array([[-1.0, -3.0]]))
   close(loss, -(2 * -1.0 + -1 * -3.0) / 2)
   close(grads, [[-1.0, 0.5]])
+
+
+def test_rloo_takes_a_reply_as_one_action():
+  mask = [[True, False, False], [True, True, True]]
+  pair = batch(mask, advantages=jnp.array([[2.0] * 3, [-1.0] * 3]))
+  _, loss, weigh, *_ = ALGORITHMS['rloo']
+  logprobs = jnp.array([[-1.0, jnp.nan, jnp.nan], [-1.0, -3.0, -2.0]])
+  value = jax.value_and_grad(lambda x: loss(x, pair, weigh(pair))[0])
+  found, grads = value(logprobs)
+  # log p -1 and -1 - 3 - 2: -(2 x -1 + -1 x -6) over the 6 slots; no token of
+  # the longer reply weighs less
+  close(found, -(2 * -1 + -1 * -6) / 6)
+  close(grads, np.array([[-2, 0, 0], [1, 1, 1]]) / 6)
 
 
 def test_imitation_is_the_mean_surprise():

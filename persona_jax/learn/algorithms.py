@@ -78,7 +78,7 @@ ALGORITHMS = {
   'rloo': Algorithm(
     advantages.leave_one_out,
     losses.reinforce_loss,
-    losses.per_sequence,
+    losses.per_slot,  # a reply is one action: the sum over its tokens
   ),
   'reinforce++': Algorithm(
     _with(advantages.returns_to_go, kl=0.01),
