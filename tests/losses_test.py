@@ -255,6 +255,19 @@ def test_an_empty_mask_is_nothing(loss):
     assert value == 0 and not np.any(grads)
 
 
+@pytest.mark.parametrize('loss', [losses.clipped_loss, losses.reinforce_loss])
+def test_what_is_told_is_a_mean_whatever_the_weights(loss):
+  one = batch([[True, True, False, False]])
+  logprobs = jnp.log(jnp.array([[0.5, 2.0, jnp.nan, jnp.nan]]))
+  for weigh in (losses.per_token, losses.per_slot):  # 1/2 each, or 1/4
+    metrics = loss(logprobs, one, weigh(one))[1] | {'policy/culprit': 3}
+    told = losses.summary(metrics)
+    # ratios 1/2 and 2: mean 1.25, of squares 2.125
+    close(told['policy/ratio'], 1.25)
+    close(told['policy/effective'], 1.25**2 / 2.125)
+    assert told['policy/culprit'] == 3 and 'policy/weight' not in told
+
+
 def test_room_weighs_long_and_short_alike():
   found, _ = rows(np.random.default_rng(6))
   weights = losses.per_slot(found)

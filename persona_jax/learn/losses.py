@@ -1,8 +1,9 @@
 """Losses on log-probabilities: `loss(logprobs, batch, weights, ...)`.
 
 Each is a sum over tokens or rows with weights that sum to one over the whole
-batch (`per_token` and its kind), so that the losses, gradients and metrics of
-microbatches add up to what one batch gives.
+batch (`per_token` and its kind; `per_slot` to the share of slots in use), so
+that the losses, gradients and metrics of microbatches add up to what one batch
+gives.
 """
 
 import jax
@@ -212,10 +213,14 @@ def truncated(
 def summary(metrics: dict[str, Float[Array, '']]) -> dict:
   """`metrics` of a whole batch, with what is no sum over it.
 
+  What is told of the policy becomes a mean, whatever the weights sum to.
   `policy/effective` is (sum w ratio)^2 / sum w ratio^2, one where all ratios
   are; `value/explained` 1 - var(return - value) / var(return).
   """
   metrics = dict(metrics)
+  if 'policy/weight' in metrics:
+    weight = jnp.maximum(metrics.pop('policy/weight'), _TINY)
+    metrics |= {k: metrics[k] / weight for k in _MEANS & set(metrics)}
   if 'policy/ratio_squared' in metrics:
     square = metrics.pop('policy/ratio_squared')
     ratio = metrics['policy/ratio']
@@ -274,6 +279,7 @@ def _regularised(gain, ratio, beyond, logprobs, batch, weights, kl, kl_kind):
   metrics = {
     'loss/policy': -total(gain),
     'loss/kl': total(apart),
+    'policy/weight': total(jnp.ones_like(ratio)),
     'policy/clipped': total(beyond.astype(jnp.float32)),
     'policy/ratio': total(ratio),
     'policy/ratio_squared': total(jnp.square(ratio)),
@@ -281,4 +287,10 @@ def _regularised(gain, ratio, beyond, logprobs, batch, weights, kl, kl_kind):
   return metrics['loss/policy'] + kl * metrics['loss/kl'], metrics
 
 
+_MEANS = {
+  'policy/clipped',
+  'policy/entropy',
+  'policy/ratio',
+  'policy/ratio_squared',
+}
 _TINY = 1e-12
