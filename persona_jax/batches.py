@@ -148,23 +148,28 @@ def mismatched(rows: Sequence[Encoded]) -> list[Encoded]:
   """Each prompt with the reply of the next row that answers another prompt.
 
   What `learn.preferences.anchor` is the mean of. The last row is followed by
-  the first.
+  the first. Taken of all rows, before they are shuffled, there is one for
+  every row of every batch, however short.
 
   Raises:
     ValueError: all rows have one prompt.
   """
-  found = []
-  for i, row in enumerate(rows):
-    after = (*rows[i + 1 :], *rows[:i])
-    other = next((x for x in after if x.prompt != row.prompt), None)
-    if other is None:
-      raise ValueError(
-        f'all {len(rows)} rows of the batch answer one prompt, so that none '
-        'has a reply to another, which KTO compares with; give larger batches '
-        'or shuffle them.'
-      )
-    found.append(row._replace(replies=other.replies))
-  return found
+  count = len(rows)
+  others, after = [0] * count, 0
+  for i in reversed(range(2 * count - 1)):  # twice around
+    here, following = i % count, (i + 1) % count
+    if rows[here].prompt != rows[following].prompt:
+      after = following
+    others[here] = after
+  if count and rows[0].prompt == rows[others[0]].prompt:
+    raise ValueError(
+      f'all {count} rows answer one prompt, so that none has a reply to '
+      'another, which KTO compares with; give rows of several prompts.'
+    )
+  return [
+    row._replace(replies=rows[other].replies)
+    for row, other in zip(rows, others, strict=True)
+  ]
 
 
 def _empty(size, replies, prompt_tokens, reply_tokens):

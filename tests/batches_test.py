@@ -256,16 +256,35 @@ def test_every_algorithm_takes_its_batch(chat, read, name):
 # Replies to other prompts.
 
 
-def test_replies_of_the_next_row_that_has_another_prompt():
-  rows = [
-    batches.Encoded((prompt,), ((reply,),), True)
-    for prompt, reply in ((1, 10), (1, 11), (2, 12), (3, 13))
+def rows_of(prompts):
+  """Rows that answer some prompts, each in its own way."""
+  return [
+    batches.Encoded((prompt,), ((10 + i,),), True)
+    for i, prompt in enumerate(prompts)
   ]
-  found = batches.mismatched(rows)
+
+
+def test_replies_of_the_next_row_that_has_another_prompt():
+  found = batches.mismatched(rows_of([1, 1, 2, 3]))
   assert [x.prompt for x in found] == [(1,), (1,), (2,), (3,)]
   assert [x.replies for x in found] == [((12,),), ((12,),), ((13,),), ((10,),)]
-  with pytest.raises(ValueError, match='all 2 rows of the batch answer one'):
-    batches.mismatched(rows[:2])
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_so_does_a_search(seed):
+  prompts = np.random.default_rng(seed).integers(0, 3, 12).tolist()
+  rows = rows_of(prompts)
+  for i, found in enumerate(batches.mismatched(rows)):
+    after = rows[i + 1 :] + rows[:i]
+    other = next(x for x in after if x.prompt != rows[i].prompt)
+    assert found == rows[i]._replace(replies=other.replies)
+
+
+@pytest.mark.parametrize('count', [1, 2, 3])
+def test_one_prompt_has_no_other(count):
+  with pytest.raises(ValueError, match=f'all {count} rows answer one prompt'):
+    batches.mismatched(rows_of([5] * count))
+  assert batches.mismatched([]) == []
 
 
 # What does not fit.
