@@ -2,9 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+import persona_jax
 from persona_jax.text import examples, wording
 from persona_jax.text.examples import Compared, Rated, Shown
 
@@ -230,3 +232,10 @@ def test_every_answer_as_an_example():
     Shown('You.', ('a',), 'b', 'here'),
     Shown('You.', ('a', 'b', 'c'), 'd', 'here'),
   )
+
+
+def test_the_rows_of_the_readme_are_rows():
+  readme = Path(persona_jax.__file__).parents[1] / 'README.md'
+  (block,) = re.findall(r'```json\n(.*?)```', readme.read_text(), re.S)
+  for line, kind in zip(block.splitlines(), GOOD, strict=True):
+    assert examples.parse(json.loads(line), kind, where='README.md')
