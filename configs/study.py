@@ -30,7 +30,8 @@ def get_config(arg: str = 'laptop'):
   )
   c.judges = dict(lines=72, pairs=36)  # labelled ones to score
   c.rl = dict(
-    algorithm='grpo',
+    algorithm='grpo',  # a row of learn.ALGORITHMS or learn.PREFERENCES
+    data='',  # JSON lines for the latter; '': our own pairs
     steps=3,
     lines=4,  # of a training dialogue
     group=4,  # dialogues of one scenario; batch / group scenarios a step

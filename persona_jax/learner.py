@@ -19,9 +19,16 @@ from jaxtyping import PyTree
 from persona_jax import learn
 from persona_jax.dialogue import POLICY, Dialogue, view
 from persona_jax.lab import Lab
-from persona_jax.learn import advantages, critic, losses, process, sharding
+from persona_jax.learn import (
+  advantages,
+  critic,
+  losses,
+  preferences,
+  process,
+  sharding,
+)
 from persona_jax.learn.advantages import Earned
-from persona_jax.learn.algorithms import CRITIC, PROCESS, REFERENCE
+from persona_jax.learn.algorithms import ANCHOR, CRITIC, PROCESS, REFERENCE
 from persona_jax.learn.losses import Batch
 from persona_jax.learn.step import culprit, policy_loss, scores
 from persona_jax.models import decoder, lora
@@ -53,14 +60,20 @@ class Learner:
   def __init__(self, lab: Lab, config):
     rl = config.rl
     self._lab, self._rl = lab, rl
-    self._algorithm = learn.ALGORITHMS[rl.algorithm]
-    self._advantage = numbered(
-      self._algorithm.advantage, rl.advantage.to_dict()
-    )
+    self._temperature = config.rollout.temperature
+    self._algorithm = learn.ALGORITHMS.get(rl.algorithm)
+    if self._algorithm is None:
+      self._algorithm = learn.PREFERENCES[rl.algorithm]
+      self._temperature = 1.0  # of replies that were not sampled here
     self._loss = numbered(self._algorithm.loss, rl.loss.to_dict())
     self._needs = set(self._algorithm.needs)
-    pulled = any(_number(f, 'kl') > 0 for f in (self._advantage, self._loss))
-    if pulled or PROCESS in self._needs:
+    parts = [self._loss]
+    if isinstance(self._algorithm, learn.Algorithm):
+      self._advantage = numbered(
+        self._algorithm.advantage, rl.advantage.to_dict()
+      )
+      parts.append(self._advantage)
+    if any(_number(x, 'kl') > 0 for x in parts) or PROCESS in self._needs:
       self._needs.add(REFERENCE)
     self.trained = _adapter(lab, config) if rl.adapter.rank else _whole(lab)
     self.mesh = sharding.make_mesh()
@@ -76,7 +89,7 @@ class Learner:
       scores,
       self._apply,
       self._unembed,
-      temperature=config.rollout.temperature,
+      temperature=self._temperature,
       held=rl.held,
     )
     rates = (rl.learning_rate, rl.critic_rate, rl.process_rate)
@@ -114,6 +127,14 @@ class Learner:
       self._programs['prepare'] = jax.jit(self._prepare)
     return self._programs['prepare'](
       states, self._lab.model.variables, said, rewards
+    )
+
+  def given(self, states: States, batch: Batch, others: Batch) -> Batch:
+    """Replies with what the loss asks of them; KTO's `others` answer others."""
+    if 'given' not in self._programs:
+      self._programs['given'] = jax.jit(self._given)
+    return self._programs['given'](
+      states, self._lab.model.variables, batch, others
     )
 
   def update(self, states: States, batch: Batch, rows) -> tuple[States, dict]:
@@ -197,6 +218,21 @@ class Learner:
       metrics['groups/idle'] = advantages.idle_groups(earned)
     return batch, metrics
 
+  def _given(self, states, base, batch, others):
+    if REFERENCE in self._needs:
+      reference = self._read(base, batch).logprobs
+      batch = batch.replace(reference_logprobs=reference)
+    if ANCHOR in self._needs:
+      variables = self._variables(states.policy.params, base)
+      distance = preferences.anchor(
+        self._read(variables, others).logprobs,
+        self._read(base, others).logprobs,
+        others.mask,
+      )
+      anchor = jnp.broadcast_to(distance, batch.label.shape)
+      batch = batch.replace(anchor=anchor)
+    return batch
+
   def _update(self, states, base, batch, rows):
     rl, algorithm = self._rl, self._algorithm
     batch = jax.tree.map(lambda x: x[rows], batch)
@@ -208,7 +244,7 @@ class Learner:
       policy_loss,
       self._apply,
       self._unembed,
-      temperature=self._lab.temperature,
+      temperature=self._temperature,
       held=rl.held,
     )
     rest = {}

@@ -22,6 +22,7 @@ from persona_jax import (
   lab,
   learn,
   metrics,
+  prefer,
   report,
   train,
 )
@@ -88,14 +89,17 @@ def check(config):
     )
   known = {
     'cap.hold': (config.cap.hold, calibration.SIDES),
-    'rl.algorithm': (config.rl.algorithm, tuple(learn.ALGORITHMS)),
+    'rl.algorithm': (
+      config.rl.algorithm,
+      (*learn.ALGORITHMS, *learn.PREFERENCES),
+    ),
     'dtype': (config.dtype, ('float32', 'bfloat16')),
   }
   for field, (value, choices) in known.items():
     if value not in choices:
       raise ValueError(f'{field}={value!r} is unknown; give one of {choices}.')
-  algorithm = learn.ALGORITHMS[config.rl.algorithm]
-  for part in ('advantage', 'loss'):
+  algorithm = (learn.ALGORITHMS | learn.PREFERENCES)[config.rl.algorithm]
+  for part in {'advantage', 'loss'} & set(algorithm._fields):
     numbered(getattr(algorithm, part), config.rl[part].to_dict())
   if not 0 <= config.cap.first < config.cap.last <= 1:
     raise ValueError(
@@ -332,14 +336,14 @@ class Study:
   def _train(self, name, advance) -> train.Result:
     """A trained policy; from its last checkpoint if that is the end."""
     if name not in self._policies:
-      self._policies[name] = train.run(
-        self.lab,
-        self.config,
-        self._terms(),
-        self.workdir / 'policies' / name,
-        shuffle=name == 'shuffled',
-        advance=advance,
-      )
+      folder = self.workdir / 'policies' / name
+      how = {'shuffle': name == 'shuffled', 'advance': advance}
+      if self.config.rl.algorithm in learn.PREFERENCES:
+        result = prefer.run(self.lab, self.config, folder, **how)
+      else:
+        terms = self._terms()
+        result = train.run(self.lab, self.config, terms, folder, **how)
+      self._policies[name] = result
     return self._policies[name]
 
   def _terms(self):

@@ -18,6 +18,7 @@ from persona_jax import (
   main,
   metrics,
   models,
+  prefer,
   study,
   train,
   trees,
@@ -312,3 +313,28 @@ def test_every_algorithm_trains_all_parameters(config, tmp_path, name):
   before = trees.flatten(opened.model.variables['params'])
   for name, leaf in trees.flatten(result.policy['params']).items():
     assert np.any(leaf != before[name]), name
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    name if name == 'kto' else pytest.param(name, marks=pytest.mark.slow)
+    for name in learn.PREFERENCES
+  ],
+)
+def test_every_preference_trains_all_parameters(config, tmp_path, name):
+  config = config.copy_and_resolve_references()
+  main.override(config, 'rl.algorithm', name)
+  main.override(config, 'rl.learning_rate', '0.01')
+  opened = lab.open_lab(config)
+  silent = lambda count=1: None
+  result = prefer.run(opened, config, tmp_path, advance=silent)
+  assert [x['step'] for x in result.log] == [1, 2]
+  for told in result.log:
+    assert all(np.isfinite(list(told.values()))), told
+  before = trees.flatten(opened.model.variables['params'])
+  for name, leaf in trees.flatten(result.policy['params']).items():
+    assert np.any(leaf != before[name]), name
+  main.override(config, 'rl.steps', '3')
+  longer = prefer.run(opened, config, tmp_path, advance=silent)
+  assert longer.log[:2] == result.log and len(longer.log) == 3

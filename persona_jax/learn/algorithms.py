@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 from persona_jax.learn import advantages, losses, preferences
 
-REFERENCE, CRITIC, PROCESS = 'reference', 'critic', 'process'  # `needs`
+# What `needs` may hold.
+REFERENCE, ANCHOR = 'reference', 'anchor'
+CRITIC, PROCESS = 'critic', 'process'
 
 
 class Algorithm(NamedTuple):
@@ -103,7 +105,9 @@ PREFERENCES = {
   'sft': Preference(losses.imitation_loss, losses.per_token, 1),
   'dpo': Preference(preferences.dpo_loss, losses.per_row, 2, (REFERENCE,)),
   'ipo': Preference(preferences.ipo_loss, losses.per_row, 2, (REFERENCE,)),
-  'kto': Preference(preferences.kto_loss, losses.per_row, 1, (REFERENCE,)),
+  'kto': Preference(
+    preferences.kto_loss, losses.per_row, 1, (REFERENCE, ANCHOR)
+  ),
   'orpo': Preference(preferences.orpo_loss, losses.per_row, 2),
   'simpo': Preference(preferences.simpo_loss, losses.per_row, 2),
 }
