@@ -16,7 +16,7 @@ import optax
 from flax import struct
 from jaxtyping import PyTree
 
-from persona_jax import learn
+from persona_jax import learn, masked
 from persona_jax.dialogue import POLICY, Dialogue, view
 from persona_jax.lab import Lab
 from persona_jax.learn import (
@@ -190,6 +190,8 @@ class Learner:
       old = self._read(variables, batch).logprobs
       correction = losses.truncated(old, sampled, batch.mask, rl.truncate)
       batch = batch.replace(old_logprobs=old, correction=correction)
+      apart = losses.k3(sampled, old, batch.mask)
+      metrics['sampler/kl'] = masked.mean(apart, batch.mask)
     if REFERENCE in needs:
       reference = self._read(base, batch).logprobs
       batch = batch.replace(reference_logprobs=reference)

@@ -75,7 +75,7 @@ def check(config):
     'rollout.tokens': (config.rollout.tokens, 1),
     'rollout.batch': (config.rollout.batch, 1),
     'evaluation.dialogues': (config.evaluation.dialogues, 2),
-    'rl.group': (config.rl.group, 2),
+    'rl.group': (config.rl.group, 2 if _compares(config) else 1),
     'space.roles': (config.space.roles, 3),
     'judges.lines': (config.judges.lines, 2),
   }
@@ -106,6 +106,12 @@ def check(config):
       f'cap.first={config.cap.first}, cap.last={config.cap.last}: the band '
       'needs 0 <= first < last <= 1, as shares of the depth.'
     )
+
+
+def _compares(config) -> bool:
+  """Whether the algorithm compares the dialogues of a scenario."""
+  row = learn.ALGORITHMS.get(config.rl.algorithm)
+  return row is not None and row.group
 
 
 class Study:

@@ -1,4 +1,4 @@
-"""Two processes on one mesh say what one device says."""
+"""Two processes on one mesh say and learn what one device does."""
 
 import dataclasses
 import functools
@@ -10,27 +10,30 @@ from pathlib import Path
 
 import fakes
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.experimental import multihost_utils
 
-from persona_jax import rollout, trees
-from persona_jax.learn import sharding
+from persona_jax import learn, rollout, trees
+from persona_jax.learn import losses, sharding
 from persona_jax.models import cache
 
 CONFIG = dataclasses.replace(fakes.CONFIG, vocab=304)  # two halves
 ROWS = 16
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0))
 FIELDS = ('tokens', 'length', 'logprobs')
 JOIN = """
 import sys
 import jax
 
-_, rank, address, out = sys.argv
+_, rank, address, what, out = sys.argv
 jax.config.update('jax_cpu_collectives_implementation', 'gloo')
 jax.distributed.initialize(address, 2, int(rank))
 import processes_test  # which makes arrays: not before
 
-processes_test.speak(out)
+getattr(processes_test, what)(out)
 """
 
 
@@ -79,28 +82,75 @@ def speak(out):
   np.savez(out, **said)
 
 
-@pytest.mark.devices
-def test_two_processes_say_what_one_device_says(tmp_path):
+def examples():
+  """A batch of the host, every number of which matters."""
+  rng = np.random.default_rng(0)
+  size, floats = (ROWS, 12), lambda: rng.normal(size=(ROWS, 6)) - 5
+  batch = {
+    'tokens': rng.integers(0, CONFIG.vocab, size),
+    'positions': np.broadcast_to(np.arange(12), size),
+    'before': rng.integers(0, 12, (ROWS, 6)),
+    'actions': rng.integers(0, CONFIG.vocab, (ROWS, 6)),
+    'mask': rng.random((ROWS, 6)) < 0.7,
+    'advantages': floats(),
+    'old_logprobs': floats(),
+    'reference_logprobs': floats(),
+  }
+  narrow = {np.dtype('int64'): np.int32, np.dtype('float64'): np.float32}
+  return {k: x.astype(narrow.get(x.dtype, x.dtype)) for k, x in batch.items()}
+
+
+def update(apply, unembed, state, arrays):
+  """Two microbatches, the vocabulary in two blocks."""
+  batch = learn.Batch(**arrays)
+  return learn.train_step(
+    state,
+    batch,
+    losses.per_sequence(batch),
+    loss_fn=learn.policy_loss(
+      apply, unembed, learn.clipped_loss, {}, held=8192
+    ),
+    optimizer=OPTIMIZER,
+    microbatches=2,
+  )
+
+
+def learned(out):
+  """In one of two processes, with four devices each."""
+  mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+  model = fakes.tiny(CONFIG)
+  params = jax.tree.map(np.asarray, model.stacked['params'])
+  start = lambda x: learn.init_state(jax.tree.map(jnp.copy, x), OPTIMIZER)
+  state = sharding.init_sharded(start, mesh, params)
+  arrays = jax.device_put(examples(), sharding.batch_sharding(mesh))
+  apply = sharding.by_rows(model.apply, mesh)
+  run = jax.jit(functools.partial(update, apply, model.unembed))
+  state, metrics = run(state, arrays)
+  found = {**trees.flatten(state.params), **metrics}
+  np.savez(out, **multihost_utils.process_allgather(found, tiled=True))
+
+
+def by_two(tmp_path, what, alone):
+  """What each of two processes left, and what `alone()` gives meanwhile."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{free.getsockname()[1]}'
   env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
-    'PYTHONPATH': str(Path(__file__).parent),
+    'PYTHONPATH': os.pathsep.join([str(Path(__file__).parent), *sys.path]),
   }
+  places = [tmp_path / str(rank) for rank in range(2)]
   pair = [
     subprocess.Popen(
-      [sys.executable, '-c', JOIN, str(rank), address, tmp_path / str(rank)],
+      [sys.executable, '-c', JOIN, str(rank), address, what, places[rank]],
       env=env,
       stderr=subprocess.PIPE,
     )
     for rank in range(2)
   ]
   try:
-    model = fakes.tiny(CONFIG)
-    alone = jax.jit(functools.partial(talk, model.apply, model.unembed))
-    want = alone(model.unstacked, fakes.scenario(ROWS))
+    want = alone()
     for process in pair:
       _, said = process.communicate(timeout=300)
       assert process.returncode == 0, said.decode()
@@ -108,8 +158,37 @@ def test_two_processes_say_what_one_device_says(tmp_path):
     for process in pair:
       process.kill()
       process.communicate()
-  for rank in range(2):
-    got = np.load(tmp_path / f'{rank}.npz')
+  return [np.load(f'{place}.npz') for place in places], want
+
+
+@pytest.mark.devices
+def test_two_processes_say_what_one_device_says(tmp_path):
+  def alone():
+    model = fakes.tiny(CONFIG)
+    run = jax.jit(functools.partial(talk, model.apply, model.unembed))
+    return run(model.unstacked, fakes.scenario(ROWS))
+
+  found, want = by_two(tmp_path, 'speak', alone)
+  for got in found:
     np.testing.assert_array_equal(got['tokens'], want['tokens'])
     np.testing.assert_array_equal(got['length'], want['length'])
     np.testing.assert_allclose(got['logprobs'], want['logprobs'], atol=1e-5)
+
+
+@pytest.mark.devices
+def test_two_processes_learn_what_one_device_learns(tmp_path):
+  def alone():
+    model = fakes.tiny(CONFIG)
+    state = learn.init_state(model.stacked['params'], OPTIMIZER)
+    run = jax.jit(functools.partial(update, model.apply, model.unembed))
+    state, metrics = run(state, jax.tree.map(jnp.asarray, examples()))
+    return {**trees.flatten(state.params), **metrics}
+
+  found, want = by_two(tmp_path, 'learned', alone)
+  assert want['norm/updates'] > 0.1
+  for got in found:
+    assert set(got) == set(want)
+    for name, leaf in want.items():
+      np.testing.assert_allclose(
+        got[name], leaf, atol=1e-5, rtol=1e-4, err_msg=name
+      )
