@@ -11,6 +11,7 @@ def get_config(arg: str = 'laptop'):
   c.context = 0  # slots of the longest conversation, for LongRoPE; 0: short
   c.inert = ''  # unknown fields of config.json that change nothing: 'a,b'
   c.dtype = 'float32'
+  c.mesh = ''  # of the learner, as 'fsdp=4,tensor=2'; '': all on fsdp
   c.attend = ''  # how attention is computed; '': as is best on the backend
   c.seed = 0
   c.today = '2026-01-01'  # for chat templates that write a date

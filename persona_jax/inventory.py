@@ -51,13 +51,13 @@ def run(
     sources: as `models.load` takes them; none for what is known and cached.
     mesh: sizes of its axes, 'fsdp=8,tensor=2'; one device by default.
     dtype: of weights and cache.
-    batch: rows of the cache; 0 for one on each way of data and fsdp.
+    batch: rows of the cache; 0 for one on each way of `sharding.ROWS`.
     tokens: slots of each row.
     rank: of an adapter that is trained.
     check: whether to hash the files whose SHA-256 is known.
     json: for machines.
   """
-  shape = mesh_shape(mesh)
+  shape = sharding.mesh_shape(mesh)
   if dtype not in DTYPES:
     raise ValueError(f'--dtype={dtype} is none of {", ".join(DTYPES)}.')
   needs = functools.partial(
@@ -194,12 +194,12 @@ def memory(
   Raises:
     ValueError: an axis or the rows do not divide over the mesh.
   """
-  ways = mesh['data'] * mesh['fsdp']
+  ways = math.prod(mesh[axis] for axis in sharding.ROWS)
   batch = batch or ways
   if batch < 1 or batch % ways or tokens < 1:
     raise ValueError(
       f'{batch} rows of {tokens} tokens do not divide over the {ways} ways of '
-      'data and fsdp; change --batch, --tokens or --mesh.'
+      'rows; change --batch, --tokens or --mesh.'
     )
   where = AbstractMesh(
     tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh)
@@ -226,20 +226,6 @@ def memory(
   }
 
 
-def mesh_shape(text: str) -> dict[str, int]:
-  """'fsdp=8,tensor=2' as the size of every axis."""
-  sizes = dict.fromkeys(sharding.AXES, 1)
-  for part in filter(None, text.split(',')):
-    axis, _, size = part.partition('=')
-    if axis not in sizes or not size.isdecimal() or int(size) < 1:
-      raise ValueError(
-        f'--mesh={text}: {part!r} is no axis and its size; give sizes of '
-        f'{", ".join(sharding.AXES)}, as in --mesh=fsdp=8,tensor=2.'
-      )
-    sizes[axis] = int(size)
-  return sizes
-
-
 def _params(config):
   return names.nested(
     {
@@ -260,7 +246,7 @@ def _per_device(tree, *, mesh) -> int:
 
 
 def _cache_bytes(config, mesh, batch, tokens, dtype) -> int:
-  """Rows lie over data and fsdp, heads over tensor where they divide."""
+  """Rows lie over `ROWS`, heads over tensor where they divide."""
 
   def slots():
     made = cache.empty(
@@ -271,4 +257,5 @@ def _cache_bytes(config, mesh, batch, tokens, dtype) -> int:
   leaves = jax.tree.leaves(jax.eval_shape(slots))
   total = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
   heads = mesh['tensor'] if config.kv_heads % mesh['tensor'] == 0 else 1
-  return total // (mesh['data'] * mesh['fsdp'] * heads)
+  rows = math.prod(mesh[axis] for axis in sharding.ROWS)
+  return total // (rows * heads)

@@ -76,7 +76,8 @@ class Learner:
     if any(_number(x, 'kl') > 0 for x in parts) or PROCESS in self._needs:
       self._needs.add(REFERENCE)
     self.trained = _adapter(lab, config) if rl.adapter.rank else _whole(lab)
-    self.mesh = sharding.make_mesh()
+    shape = sharding.mesh_shape(config.mesh) if config.mesh else None
+    self.mesh = sharding.make_mesh(shape)
     model = decoder.functions(
       lab.model.config,
       dtype=jnp.dtype(config.dtype),

@@ -366,11 +366,15 @@ def wide(name):
 
 @pytest.mark.devices
 @pytest.mark.parametrize('name', ['phi 3', 'gemma 3', 'qwen 3 moe', 'mixtral'])
-@pytest.mark.parametrize('tensor', [1, 4])
-def test_weights_stream_to_their_places_on_a_mesh(name, tensor):
+@pytest.mark.parametrize(
+  'shape',
+  [{'fsdp': 8}, {'fsdp': 2, 'tensor': 4}, {'expert': 4, 'tensor': 2}],
+  ids=str,
+)
+def test_weights_stream_to_their_places_on_a_mesh(name, shape):
   config = wide(name)
   checkpoint = fakes.opened(config)
-  mesh = sharding.make_mesh({'fsdp': 8 // tensor, 'tensor': tensor})
+  mesh = sharding.make_mesh(shape)
   places = stream.shardings(config, jnp.float32, mesh, sharding.RULES)
   params = stream.parameters(checkpoint, jnp.float32, places)
   plain = stream.parameters(checkpoint, jnp.float32)

@@ -14,7 +14,7 @@ from persona_jax import inventory, inventory_tables, main, models, trees
 from persona_jax.learn import sharding
 from persona_jax.models import cache, families, folder, lora, names, source
 
-ONE = {'data': 1, 'fsdp': 1, 'tensor': 1}
+ONE = dict.fromkeys(sharding.AXES, 1)
 DEFAULTS = {'dtype': 'bfloat16', 'batch': 0, 'tokens': 32, 'rank': 4}
 
 

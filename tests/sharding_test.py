@@ -44,6 +44,8 @@ MESHES = [
   {'fsdp': 8},
   {'data': 2, 'fsdp': 4},
   {'data': 2, 'fsdp': 2, 'tensor': 2},
+  {'fsdp': 2, 'sequence': 2, 'tensor': 2},
+  {'fsdp': 2, 'expert': 4},
 ]
 B, S, M = 16, 12, 6
 
@@ -115,7 +117,8 @@ def test_weights_are_spread_and_say_the_same(variables, batch, shape):
   spread = placed(variables, mesh)
   for name, leaf in trees.flatten(spread).items():
     parts = {str(shard.index) for shard in leaf.addressable_shards}
-    ways = 8 // shape.get('data', 1)  # `data` holds copies
+    copies = [shape.get(x, 1) for x in ('data', 'sequence', 'expert')]
+    ways = 8 // math.prod(copies)
     assert len(parts) == (1 if name.endswith('scale') else ways), name
 
   def hidden(variables):

@@ -1,6 +1,6 @@
 """Where arrays lie: a mesh, and rules over the names of parameters."""
 
-import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -10,14 +10,15 @@ from jax.sharding import PartitionSpec as P
 
 from persona_jax import trees
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES = ('data', 'fsdp', 'sequence', 'expert', 'tensor')
+ROWS = ('data', 'fsdp', 'expert')  # those that the rows of a batch lie over
 
 RULES = (  # first match wins; the first axis of a layer's array is the layer
   (r'embed/(embedding|kernel)', P('tensor', 'fsdp')),  # and unembed/kernel
   (r'layers/(attn/[qkv]|mlp/(gate|up))/kernel', P(None, 'tensor', 'fsdp')),
   (r'layers/(attn/o|mlp/down)/kernel', P(None, 'fsdp', 'tensor')),
-  (r'layers/mlp/experts/(gate|up)/kernel', P(None, 'tensor', None, 'fsdp')),
-  (r'layers/mlp/experts/down/kernel', P(None, 'tensor', 'fsdp')),
+  (r'experts/(gate|up)/kernel', P(None, 'expert', 'tensor', 'fsdp')),
+  (r'experts/down/kernel', P(None, 'expert', 'fsdp', 'tensor')),
   (r'layers/attn/[qkv]/bias', P(None, 'tensor')),
   # Adapters: a [L r in] and b [L out r] lie as their kernel's in and out do.
   (r'layers/(attn/[qkv]|mlp/(gate|up))/a$', P(None, None, 'fsdp')),
@@ -26,6 +27,24 @@ RULES = (  # first match wins; the first axis of a layer's array is the layer
   (r'layers/(attn/o|mlp/down)/b$', P(None, 'fsdp')),
   (r'', P()),
 )
+
+
+def mesh_shape(text: str) -> dict[str, int]:
+  """'fsdp=8,tensor=2' as the size of every axis.
+
+  Raises:
+    ValueError: a part of it is no axis and its size.
+  """
+  sizes = dict.fromkeys(AXES, 1)
+  for part in filter(None, text.split(',')):
+    axis, _, size = part.partition('=')
+    if axis not in sizes or not size.isdecimal() or int(size) < 1:
+      raise ValueError(
+        f'mesh={text}: {part!r} is no axis and its size; give sizes of '
+        f'{", ".join(AXES)}, as in mesh=fsdp=8,tensor=2.'
+      )
+    sizes[axis] = int(size)
+  return sizes
 
 
 def make_mesh(shape: dict[str, int] | None = None) -> Mesh:
@@ -52,29 +71,32 @@ def state_shardings(state, mesh: Mesh, rules=RULES):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows over both the data and the fsdp axis."""
-  return NamedSharding(mesh, P(('data', 'fsdp')))
+  """Rows over all of `ROWS`."""
+  return NamedSharding(mesh, P(ROWS))
 
 
 def by_rows(apply: Callable, mesh: Mesh) -> Callable:
   """`apply` whose tokens, cache and hidden states lie as the batch does.
 
   Left alone, XLA may follow the weights instead and spread the features: then
-  every device holds all rows, and activations are summed over the mesh. The
-  heads of a cache lie over tensor where they divide.
+  every device holds all rows, and activations are summed over the mesh. Tokens
+  of a row lie over sequence, and the heads of a cache over tensor, where they
+  divide.
 
   Raises:
     ValueError: when called, if the rows do not divide over the mesh.
   """
-  place = functools.partial(
-    jax.lax.with_sharding_constraint, shardings=batch_sharding(mesh)
-  )
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
+  ways = math.prod(mesh.shape[axis] for axis in ROWS)
+
+  def where(x, axis):
+    divides = x.shape[1] % mesh.shape[axis] == 0
+    return NamedSharding(mesh, P(ROWS, axis if divides else None))
+
+  def place(x):  # [B S ...]
+    return jax.lax.with_sharding_constraint(x, where(x, 'sequence'))
 
   def by_heads(x):  # [B H ...], the layers apart
-    heads = 'tensor' if x.shape[1] % mesh.shape['tensor'] == 0 else None
-    where = NamedSharding(mesh, P(('data', 'fsdp'), heads))
-    return jax.lax.with_sharding_constraint(x, where)
+    return jax.lax.with_sharding_constraint(x, where(x, 'tensor'))
 
   def placed(cache):
     if cache is None:
@@ -85,8 +107,8 @@ def by_rows(apply: Callable, mesh: Mesh) -> Callable:
   def apply_by_rows(variables, tokens, positions, cache=None, **keywords):
     if tokens.shape[0] % ways:
       raise ValueError(
-        f'{tokens.shape[0]} rows do not divide over the {ways} ways of data '
-        'and fsdp; change the batch, the microbatches or the mesh.'
+        f'{tokens.shape[0]} rows do not divide over the {ways} ways of '
+        f'{", ".join(ROWS)}; change the batch, the microbatches or the mesh.'
       )
     cache = placed(cache)
     hidden, cache = apply(
