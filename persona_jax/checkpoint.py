@@ -85,6 +85,10 @@ class Checkpoints:
       'give another --workdir to begin anew.'
     )
 
+  def told(self, step: int) -> bool:
+    """Whether processes that share a mesh were told to end at this step."""
+    return self._manager.reached_preemption(step)
+
   def close(self):
     """Waits for what is being written."""
     self._manager.wait_until_finished()
@@ -115,12 +119,13 @@ class Guard:
   The signal may come while the main thread waits for a device, when Python
   runs no handler: a thread of its own waits for it. `offer` what may be saved;
   `changing()` holds the thread off while a state is given away to an update.
-  Processes that share a mesh agree on a step by themselves (`due`).
+  Processes that share a mesh agree on a step by themselves (`settle`).
   """
 
   def __init__(self, saved: Checkpoints):
     self._saved, self._offered = saved, None
     self._lock = threading.Lock()
+    self._several = jax.process_count() > 1
 
   def offer(self, step: int, state: Any, record: dict):
     """What to save from now on."""
@@ -130,14 +135,20 @@ class Guard:
     """A context in which what was offered is not to be read."""
     return self._lock
 
-  def due(self, step: int) -> bool:
-    """Whether all processes were told to end, and save at this step."""
-    if jax.process_count() == 1:
-      return False
-    return self._saved._manager.reached_preemption(step)
+  def settle(self, step: int, *, every: int, last: int):
+    """Saves where it is time; ends the process where all were told to end.
+
+    Raises:
+      SystemExit: the processes of a mesh were told to, and have saved.
+    """
+    told = self._several and self._saved.told(step)
+    if told or step == last or step % every == 0:
+      self.save()
+    if told and step < last:
+      self._saved.close()
+      raise SystemExit(TERMINATED)
 
   def __enter__(self):
-    self._several = jax.process_count() > 1
     main = threading.current_thread() is threading.main_thread()
     if self._several or not main:
       return self

@@ -9,7 +9,7 @@ import numpy as np
 
 from persona_jax import batches, learn
 from persona_jax.batches import Encoded
-from persona_jax.checkpoint import TERMINATED, Checkpoints, Guard
+from persona_jax.checkpoint import Checkpoints, Guard
 from persona_jax.feed import Feed
 from persona_jax.lab import Lab
 from persona_jax.learn.algorithms import ANCHOR
@@ -70,13 +70,8 @@ def run(
         record = {'log': log, 'feed': feed.get_state()}
         guard.offer(step + 1, states, record)
       scribe.write(log[-1])
-      last = step + 1 == rl.steps or guard.due(step + 1)
-      if last or (step + 1) % rl.save_every == 0:
-        guard.save()
+      guard.settle(step + 1, every=rl.save_every, last=rl.steps)
       advance(1)
-      if last and step + 1 < rl.steps:
-        saved.close()
-        raise SystemExit(TERMINATED)
   saved.close()
   return Result(learner.trained.policy(states.policy.params), log)
 

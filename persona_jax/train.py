@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from persona_jax import data, evaluate, rewards
-from persona_jax.checkpoint import TERMINATED, Checkpoints, Guard
+from persona_jax.checkpoint import Checkpoints, Guard
 from persona_jax.dialogue import POLICY, Dialogue
 from persona_jax.lab import Lab
 from persona_jax.learner import Learner, minibatches
@@ -63,13 +63,8 @@ def run(
         log.append(_record(lab, step, said, told | learned, began))
         guard.offer(step + 1, states, {'log': log})
       scribe.write(log[-1], data.texts(lab.chat, said))
-      last = step + 1 == rl.steps or guard.due(step + 1)
-      if last or (step + 1) % rl.save_every == 0:
-        guard.save()
+      guard.settle(step + 1, every=rl.save_every, last=rl.steps)
       advance(1)
-      if last and step + 1 < rl.steps:
-        saved.close()
-        raise SystemExit(TERMINATED)
   saved.close()
   policy = learner.trained.policy(states.policy.params)
   if adapter_file.fits(lab.model.config) and 'lora' in policy:

@@ -186,3 +186,13 @@ def test_sigterm_saves_while_a_device_is_busy(tmp_path):
   found = Checkpoints(tmp_path).restore({'x': jnp.zeros(3)})
   assert found.step == 7
   np.testing.assert_array_equal(found.state['x'], [0, 1, 2])
+
+
+def test_it_saves_where_it_is_time(tmp_path):
+  saved = Checkpoints(tmp_path, keep=9)
+  with Guard(saved) as guard:
+    for step in range(1, 8):
+      guard.offer(step, state(step), {})
+      guard.settle(step, every=3, last=7)
+  saved.close()
+  assert Checkpoints(tmp_path).steps == [7, 6, 3]
