@@ -16,6 +16,13 @@ def key():
   return jax.random.key(0)
 
 
+@pytest.fixture
+def fake_devices():
+  """An environment in which a process has eight devices."""
+  flags = '--xla_force_host_platform_device_count=8'
+  return os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+
+
 @pytest.fixture(scope='session')
 def gguf_path():
   from persona_jax.models import source
