@@ -27,6 +27,7 @@ _KIND = re.compile(r'\s({})(-start)?\('.format('|'.join(KINDS)))
 _CALLS = re.compile(
   r'\b(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)'
 )
+_ROOT = 'ROOT'
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
 
 
@@ -73,26 +74,55 @@ def collectives(text: str) -> list[Collective]:
 def trips(line: str, rooms: dict[str, list[str]]) -> int | None:
   """How often a while loop runs, where that is known.
 
-  Its backend says so, or its condition compares a counter with a constant:
-  counters begin at zero and go up by one, as those of a scan.
+  Its backend says so, or its condition compares a counter with a constant;
+  counters begin at zero, as those of a scan.
   """
   said = re.search(r'known_trip_count[\\":{ n]+(\d+)', line)
   if said:
     return int(said[1])
-  condition = rooms.get(re.search(r'condition=%?([\w.-]+)', line)[1], [])
-  root = next((x for x in condition if x.lstrip().startswith('ROOT')), '')
-  constants = {
-    name: int(value)
-    for x in condition
-    for name, value in re.findall(
-      r'%?([\w.-]+) = s\d+\[\]\S* constant\((\d+)\)', x
-    )
-  }
-  compared = re.search(r'compare\((.*?)\), direction=LT', root)
+  condition, body = (
+    _named(rooms.get(re.search(rf'{x}=%?([\w.-]+)', line)[1], ()))
+    for x in ('condition', 'body')
+  )
+  compared = re.search(
+    r'compare\((.*?)\), direction=LT', condition.get(_ROOT, '')
+  )
   if compared is None:
     return None
-  last = compared[1].split()[-1].lstrip('%')
-  return constants.get(last)
+  counter, last = (x.split()[-1].lstrip('%') for x in compared[1].split(', '))
+  last = _constant(condition.get(last, ''))
+  index = re.search(r'index=(\d+)', condition.get(counter, ''))
+  if last is None or index is None:
+    return None
+  return math.ceil(last / _stride(body, int(index[1])))
+
+
+def _stride(body, index):
+  """What a loop adds to the element of its state that counts: 1, as a rule."""
+  state = re.search(r' tuple\((.*?)\)', body.get(_ROOT, ''))
+  names = re.findall(r'%([\w.-]+)', state[1]) if state else []
+  line = body.get(names[index], '') if index < len(names) else ''
+  added = re.search(r' add\((.*?)\)', line)
+  operands = re.findall(r'%([\w.-]+)', added[1]) if added else []
+  found = [_constant(body.get(name, '')) for name in operands]
+  return next((x for x in found if x), 1)
+
+
+def _constant(line) -> int | None:
+  found = re.match(r'[su]\d+\[\]\S* constant\((\d+)\)', line)
+  return int(found[1]) if found else None
+
+
+def _named(lines) -> dict[str, str]:
+  """What is right of each name in a computation; _ROOT is its last line."""
+  named = {}
+  for line in lines:
+    found = _LINE.match(line)
+    if found:
+      named[found[2]] = found[3]
+      if found[1]:
+        named[_ROOT] = found[3]
+  return named
 
 
 def _computations(text):

@@ -63,6 +63,20 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert gather.sent == 16 * 4 * 4 * 3 / 4
 
 
+@pytest.mark.parametrize(('add', 'times'), [('%one', 5), ('%two', 3)])
+def test_a_loop_may_count_by_twos(add, times):
+  body = KNOWN.replace(
+    '  ROOT %t = (s32[], f32[4]) tuple(%i, %y)',
+    '  %one = s32[] constant(1)\n'
+    '  %two = s32[]{:T(128)} constant(2)\n'
+    f'  %add.2 = s32[]{{:T(128)}} add(%i, {add}), metadata={{}}\n'
+    '  ROOT %t = (s32[], /*index=1*/f32[4]) tuple(%add.2, %y), metadata={}',
+    1,
+  )
+  found = {x['kind']: x['count'] for x in hlo.summary(body)}
+  assert found == {'all-gather': times, 'all-reduce': 1}
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_told_apart():
   found = hlo.summary(KNOWN.replace('TRIPS', '{}'))
   assert found == [
@@ -90,7 +104,7 @@ def test_groups_in_all_their_spellings(groups, size):
   ('line', 'kind', 'size', 'sent'),
   [
     # A device sends its eighth to seven others, or on around the ring.
-    ('%g = bf16[64,2]{1,0:T(8,128)(2,1)} all-gather(%x)', 'all-gather', 256, 224),
+    ('%g = bf16[64,2]{1,0:T(8,128)} all-gather(%x)', 'all-gather', 256, 224),
     (
       '%g = (f32[8,2], f32[64,2]) all-gather-start(%x)', 'all-gather', 512, 448
     ),
