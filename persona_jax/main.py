@@ -120,6 +120,30 @@ def parse_models(words: list[str]):
   return sources, options
 
 
+def parse_plan(words: list[str]):
+  """`(topology, options)` of the words that follow `plan`."""
+  defaults = {
+    'model': 'llama-3.1-8b',
+    'mesh': '',
+    'batch': 0,
+    'tokens': 4096,
+    'lines': 16,
+    'microbatches': 1,
+    'remat': 'full',
+    'attend': 'xla',
+    'rank': 0,
+    'quick': False,
+    'json': False,
+  }
+  plain, options, _ = read_words(words, defaults)
+  if len(plain) != 1:
+    raise ValueError(
+      f'plan takes one topology and was given {plain}; write one, as in '
+      'persona-jax plan v5p:4x4x4 --mesh=fsdp=64.'
+    )
+  return plain[0], options
+
+
 def load_config(name: str):
   """A config by file or by name, with its argument: 'study:full'."""
   import importlib.util
@@ -210,6 +234,13 @@ def _models(job):
   inventory.run(sources, **options)
 
 
+def _plan(job):
+  from persona_jax import plan
+
+  topology, options = job
+  plan.run(topology, **options)
+
+
 PROGRAMS = {
   'study': Program(
     'the whole question, from weights to a report',
@@ -237,6 +268,16 @@ PROGRAMS = {
     ),
     parse_models,
     _models,
+  ),
+  'plan': Program(
+    'whether a run fits some chips, how long a step takes, what it costs',
+    (
+      'TOPOLOGY [--model=SOURCE] [--mesh=fsdp=32,tensor=2] [--batch=ROWS]',
+      '[--tokens=4096] [--lines=16] [--microbatches=1] [--remat=full]',
+      '[--attend=xla] [--rank=0] [--quick] [--json]',
+    ),
+    parse_plan,
+    _plan,
   ),
 }
 _DEBUG = 'PERSONA_JAX_DEBUG'  # set it to see where an error came from
