@@ -235,8 +235,11 @@ def _models(job):
 
 
 def _plan(job):
+  import jax
+
   from persona_jax import plan
 
+  jax.config.update('jax_platforms', 'cpu')  # no device is looked for
   topology, options = job
   plan.run(topology, **options)
 

@@ -72,7 +72,7 @@ def plan(job: Job, measure: Callable | None) -> dict[str, Any]:
 
 def measured(job: Job, measure: Callable | None) -> dict[str, dict | None]:
   """What the compiler found of each program."""
-  costs.state(job), costs.serving(job)  # do the rules divide the weights?
+  costs.serving(job)  # raises where the rules do not divide the weights
   return {x: measure and measure(job, x) for x in PROGRAMS}
 
 
@@ -80,7 +80,8 @@ def memory(job: Job, program: str, found: dict | None) -> dict[str, Any]:
   """Bytes on a chip while a program runs, with what the run keeps beside it.
 
   While it learns, the partner's weights stay, and the parameters from before
-  training; while it talks, those and the train state.
+  training; while it talks, those and the train state. By hand, a rollout holds
+  two more copies of its caches: the compiler for TPUs was seen to.
   """
   if program == 'train':
     own, cache = costs.state(job), 0
@@ -89,13 +90,12 @@ def memory(job: Job, program: str, found: dict | None) -> dict[str, Any]:
   else:
     own, cache = costs.speakers(job), 2 * costs.cache(job)
     kept = costs.state(job) + costs.start(job)
-    more = 0.1 * costs.cache(job)
+    more = 2 * cache
   limit = job.place.chip.memory
-  if found is not None and 'arguments' in found:
-    own = found['arguments']
-    more = max(found['temporaries'] - cache, 0)
-  elif found is not None:  # too large alone: the compiler says by how much
-    more, limit = found['used'] - own - cache, found['limit']
+  if found is not None:  # the compiler may only say by how much it is too large
+    own, limit = found.get('arguments', own), found.get('limit', limit)
+    more = found.get('temporaries', found.get('used', 0) - own) - cache
+    more = max(more, 0)
   total = own + cache + kept + more
   return {
     'held': own,
@@ -129,8 +129,7 @@ def suggest(
   Changes that do not fit by hand-counted sums, as far off as they were for
   this job, are not compiled.
   """
-  now = memory(job, 'train', found['train'])['temporaries']
-  wrong = max(1.0, now / costs.temporaries(job))
+  wrong = {x: _wrong(job, x, found[x]) for x in PROGRAMS}
   seen, tried = [job], []
   for other in changes(job):
     if other in seen or not _fits_by_hand(other, wrong):
@@ -198,13 +197,21 @@ def _on(job, topology, mesh):
   return other.changed(batch=batch, microbatches=parts)
 
 
+def _wrong(job, program, found):
+  """How many times the temporaries are those counted by hand, at least 1."""
+  now, hand = (memory(job, program, x)['temporaries'] for x in (found, None))
+  return max(1.0, now / hand)
+
+
 def _fits_by_hand(job, wrong):
   try:
-    train, talk = (memory(job, x, None) for x in PROGRAMS)
+    found = {x: memory(job, x, None) for x in PROGRAMS}
   except ValueError:  # the rules do not divide the weights
     return False
-  total = train['total'] + (wrong - 1) * train['temporaries']
-  return total <= train['limit'] and talk['fits']
+  return all(
+    x['total'] + (wrong[name] - 1) * x['temporaries'] <= x['limit']
+    for name, x in found.items()
+  )
 
 
 def difference(job: Job, other: Job) -> str:

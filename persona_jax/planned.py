@@ -25,10 +25,11 @@ from persona_jax.learn.step import policy_loss
 from persona_jax.models import decoder, lora
 
 PROGRAMS = ('train', 'talk')
-_TOO_LARGE = (  # as the compiler for TPUs says it
-  r'Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm',
-  r'\(([\d.]+)([KMG]?)\) exceeds available HBM \(([\d.]+)([KMG]?)\)',
-)
+_TOO_LARGE = {  # as the compiler for TPUs says it, of all or of a part
+  'used': r'Used ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm',
+  'temporaries': r'temporaries \(([\d.]+)([KMG]?)\) exceeds available HBM '
+  r'\(([\d.]+)([KMG]?)\)',
+}
 
 
 def measure(job: Job, program: str) -> dict[str, Any]:
@@ -39,15 +40,10 @@ def measure(job: Job, program: str) -> dict[str, Any]:
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    found = (re.search(pattern, str(error)) for pattern in _TOO_LARGE)
-    need = next(filter(None, found), None)
-    if need is None:
+    found = too_large(str(error))
+    if found is None:
       raise
-    return {
-      'used': _bytes(need[1], need[2]),
-      'limit': _bytes(need[3], need[4]),
-      'seconds': time.perf_counter() - begin,
-    }
+    return found | {'seconds': time.perf_counter() - begin}
   memory = compiled.memory_analysis()
   kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
   return {
@@ -56,6 +52,18 @@ def measure(job: Job, program: str) -> dict[str, Any]:
     'collectives': hlo.summary(compiled.as_text()),
     'seconds': time.perf_counter() - begin,
   }
+
+
+def too_large(message: str) -> dict[str, float] | None:
+  """What a program needs and what there is, if that is what an error says."""
+  for what, pattern in _TOO_LARGE.items():
+    need = re.search(pattern, message)
+    if need:
+      return {
+        what: _bytes(*need.groups()[:2]),
+        'limit': _bytes(*need.groups()[2:]),
+      }
+  return None
 
 
 def make_mesh(job: Job) -> Mesh:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from persona_jax import chips, costs, main, plan, plan_tables
+from persona_jax import chips, costs, main, plan, plan_tables, planned
 from persona_jax import job as jobs
 from persona_jax.chips import GIB
 
@@ -143,7 +143,7 @@ def test_what_fits_needs_no_suggestion():
 
 
 def test_more_microbatches_come_first(monkeypatch):
-  tight(monkeypatch, 'v5p', 40 * GIB)
+  tight(monkeypatch, 'v5p', 45 * GIB)
   found = plan.plan(llama(), None)
   assert not found['train']['fits'] and found['talk']['fits']
   assert found['suggestion']['words'] == '--microbatches=2'
@@ -167,18 +167,18 @@ def test_weights_that_are_too_large_to_talk_are_spread(monkeypatch):
 
 
 def test_a_suggestion_that_the_compiler_refuses_is_not_made(monkeypatch):
-  tight(monkeypatch, 'v5p', 40 * GIB)
+  tight(monkeypatch, 'v5p', 45 * GIB)
 
   def compiler(job, program):
     found = by_hand(job, program)
     if program == 'train' and job.microbatches < 4:
-      return {'used': 41 * GIB, 'limit': 40 * GIB, 'seconds': 1.0}
+      return {'used': 47 * GIB, 'limit': 45 * GIB, 'seconds': 1.0}
     return found
 
   found = plan.plan(llama(), compiler)
   train = found['train']
-  assert not train['fits'] and train['limit'] == 40 * GIB
-  assert train['total'] == 41 * GIB + train['kept']
+  assert not train['fits'] and train['limit'] == 45 * GIB
+  assert train['total'] == 47 * GIB + train['kept']
   suggestion = found['suggestion']
   assert suggestion['verified'] and suggestion['words'] == '--microbatches=4'
   assert [x['words'] for x in suggestion['tried']] in (
@@ -199,6 +199,34 @@ def test_more_chips_are_named_with_their_mesh(monkeypatch):
   other = plan._on(one, 'v6e:4x2', {'data': 1, 'fsdp': 8, 'tensor': 1})
   words = plan.difference(one, other)
   assert words == 'v6e:4x2 --mesh=fsdp=8 --batch=8'
+
+
+@pytest.mark.parametrize(
+  ('message', 'found'),
+  [
+    (
+      'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required '
+      'for HLO temporaries (25.80G) exceeds available HBM (15.75G).',
+      {'temporaries': 25.80 * GIB, 'limit': 15.75 * GIB},
+    ),
+    (
+      'Ran out of memory in memory space hbm. Used 96.5G of 95.74G hbm.',
+      {'used': 96.5 * GIB, 'limit': 95.74 * GIB},
+    ),
+    ('INTERNAL: something else', None),
+  ],
+)
+def test_what_a_compiler_says_of_too_large_programs(message, found):
+  assert planned.too_large(message) == found
+
+
+def test_a_program_that_is_too_large_alone():
+  job = llama(topology='v6e:4x4', batch=16)
+  found = plan.memory(
+    job, 'train', {'temporaries': 40 * GIB, 'limit': 31 * GIB, 'seconds': 1.0}
+  )
+  assert found['held'] == costs.state(job) and found['limit'] == 31 * GIB
+  assert found['total'] == found['held'] + found['kept'] + 40 * GIB
 
 
 # How it fails.
