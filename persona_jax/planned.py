@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from persona_jax import dialogue as dialogues
@@ -67,21 +67,15 @@ def too_large(message: str) -> dict[str, float] | None:
 
 
 def make_mesh(job: Job) -> Mesh:
-  """The devices of the topology, or as many of this machine."""
-  sizes = [job.mesh[axis] for axis in sharding.AXES]
-  devices = jax.devices()[: job.place.count]
-  if job.place.chip.platform == 'tpu':
-    from jax.experimental import topologies
+  """The learner's mesh, of the topology or of as many devices of a CPU."""
+  if job.place.chip.platform == 'gpu':
+    return sharding.make_mesh(job.mesh)
+  from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(
-      platform='tpu', topology_name=job.topology
-    ).devices
-  return jax.make_mesh(
-    sizes,
-    sharding.AXES,
-    axis_types=(AxisType.Auto,) * len(sizes),
-    devices=devices,
+  found = topologies.get_topology_desc(
+    platform='tpu', topology_name=job.topology
   )
+  return sharding.make_mesh(job.mesh, found.devices)
 
 
 # The learner's step.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,13 +48,16 @@ def mesh_shape(text: str) -> dict[str, int]:
   return sizes
 
 
-def make_mesh(shape: dict[str, int] | None = None) -> Mesh:
+def make_mesh(shape: dict[str, int] | None = None, devices=None) -> Mesh:
   """A mesh of Auto axes; by default all devices on `fsdp`.
+
+  Neighbours of a torus stay neighbours where the sizes allow; an axis of the
+  mesh may be a part of one of the torus.
 
   Raises:
     ValueError: an unknown axis, or sizes that do not multiply to the devices.
   """
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
   shape = {'fsdp': len(devices)} if shape is None else dict(shape)
   unknown = set(shape) - set(AXES)
   sizes = [shape.get(axis, 1) for axis in AXES]
@@ -62,7 +66,10 @@ def make_mesh(shape: dict[str, int] | None = None) -> Mesh:
       f'the mesh {shape} does not fit {len(devices)} devices; give sizes of '
       f'{AXES} whose product is {len(devices)}.'
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  placed = mesh_utils.create_device_mesh(
+    sizes, devices, allow_split_physical_axes=True
+  )
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def state_shardings(state, mesh: Mesh, rules=RULES):
