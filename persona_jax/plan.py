@@ -168,21 +168,16 @@ def changes(job: Job) -> Iterator[Job]:
 
 
 def _wider(job):
-  """The job, with features spread wider, and on more chips."""
-  yield job
-  for more in range(1, 5):
-    mesh = dict(job.mesh)
-    place = job.place
+  """The job, then with features spread wider, then all that on more chips."""
+  shape = list(job.place.shape)
+  for times in (1, 2, 4, 8, 16):
+    name = f'{job.place.chip.name}:{"x".join(map(str, shape))}'
+    mesh = job.mesh | {'fsdp': job.mesh['fsdp'] * times}
+    yield _on(job, name, mesh)
     while mesh['fsdp'] % 2 == 0 and mesh['tensor'] * 2 <= _TENSOR:
       mesh |= {'fsdp': mesh['fsdp'] // 2, 'tensor': mesh['tensor'] * 2}
-      yield _on(job, str(place), mesh)
-    shape = list(place.shape)
-    for _ in range(more):
-      shape[shape.index(min(shape))] *= 2
-    times = 2**more
-    name = f'{place.chip.name}:{"x".join(map(str, shape))}'
-    job_mesh = job.mesh | {'fsdp': job.mesh['fsdp'] * times}
-    yield _on(job, name, job_mesh)
+      yield _on(job, name, dict(mesh))
+    shape[shape.index(min(shape))] *= 2
 
 
 def _on(job, topology, mesh):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 
 import costs_test
 import jax
@@ -227,6 +228,13 @@ def test_a_program_that_is_too_large_alone():
   )
   assert found['held'] == costs.state(job) and found['limit'] == 31 * GIB
   assert found['total'] == found['held'] + found['kept'] + 40 * GIB
+
+
+def test_more_chips_may_spread_features_too():
+  one = llama(topology='v5p:2x2x2', model='llama-3.1-70b', batch=8)
+  found = plan.plan(one, None)['suggestion']['words'].split()
+  assert found[0] in ('v5p:4x2x2', 'v5p:4x4x2')
+  assert re.fullmatch('--mesh=fsdp=[248],tensor=[48]', found[1])
 
 
 # How it fails.
