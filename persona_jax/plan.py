@@ -248,7 +248,12 @@ def compiled(job: Job, program: str) -> dict[str, Any]:
       '"persona_jax[tpu]", or count by hand with --quick.'
     )
   fields = {x.name: getattr(job, x.name) for x in dataclasses.fields(job)}
-  print(f'Compiling {program} for {job.place} ...', file=sys.stderr, flush=True)
+  what = f'{mesh_words(job.mesh)}, {job.batch} rows in {job.microbatches}'
+  print(
+    f'Compiling {program} for {job.place}, {what} ...',
+    file=sys.stderr,
+    flush=True,
+  )
   done = subprocess.run(
     [sys.executable, '-m', 'persona_jax.planned'],
     input=json_lib.dumps({'job': fields, 'program': program}),
