@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType
 
-from persona_jax import chips, inventory, learn, outlines, rollout
+from persona_jax import chips, learn, outlines, rollout
 from persona_jax.learn import sharding
 from persona_jax.models import attention, cache, decoder, lora, names
 
@@ -61,7 +62,7 @@ class Job:
   @property
   def ways(self) -> int:
     """That rows are spread over."""
-    return self.mesh['data'] * self.mesh['fsdp']
+    return math.prod(self.mesh[axis] for axis in sharding.ROWS)
 
   @property
   def prompt(self) -> int:
@@ -97,7 +98,7 @@ def make(*, mesh: str = '', batch: int = 0, **fields) -> Job:
   place = chips.topology(fields['topology'])
   if not mesh:
     mesh = f'fsdp={place.count}'
-  sizes = inventory.mesh_shape(mesh)
+  sizes = sharding.mesh_shape(mesh)
   job = Job(mesh=sizes, batch=batch, **fields)
   if job.abstract.size != place.count:
     raise ValueError(
