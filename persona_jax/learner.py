@@ -73,7 +73,7 @@ class Learner:
         self._algorithm.advantage, rl.advantage.to_dict()
       )
       parts.append(self._advantage)
-    if any(_number(x, 'kl') > 0 for x in parts) or PROCESS in self._needs:
+    if any(settings(x).get('kl') for x in parts) or PROCESS in self._needs:
       self._needs.add(REFERENCE)
     self.trained = _adapter(lab, config) if rl.adapter.rank else _whole(lab)
     shape = sharding.mesh_shape(config.mesh) if config.mesh else None
@@ -323,24 +323,28 @@ def numbered(fn: Callable, numbers: Mapping) -> Callable:
   Raises:
     ValueError: it has no number of that name.
   """
-  known = [
-    name
-    for name, x in inspect.signature(fn).parameters.items()
-    if x.kind is inspect.Parameter.KEYWORD_ONLY
-  ]
+  known = _numbers(fn)
   for name in numbers:
     if name not in known:
       inner = fn.func if isinstance(fn, functools.partial) else fn
       raise ValueError(
-        f'{inner.__name__} has no number {name!r}; its numbers are {known}.'
+        f'{inner.__name__} has no number {name!r}; its numbers are {[*known]}.'
       )
   return functools.partial(fn, **numbers)
 
 
-def _number(fn, name):
-  """The number of a function that is called so; 0 where it has none."""
-  found = inspect.signature(fn).parameters.get(name)
-  return 0 if found is None else found.default
+def settings(fn: Callable) -> dict:
+  """The numbers of `fn` that are given or have a default, by name."""
+  return {name: x for name, x in _numbers(fn).items() if x is not None}
+
+
+def _numbers(fn):
+  """What may be replaced of a function: all that is given by name alone."""
+  return {
+    name: x.default
+    for name, x in inspect.signature(fn).parameters.items()
+    if x.kind is inspect.Parameter.KEYWORD_ONLY
+  }
 
 
 def minibatches(

@@ -29,7 +29,7 @@ from persona_jax import (
 from persona_jax import workdir as owned
 from persona_jax.activations import Directions, calibration
 from persona_jax.analysis.calibration import Calibration
-from persona_jax.learner import numbered
+from persona_jax.learner import numbered, settings
 from persona_jax.text import corpus
 
 
@@ -216,11 +216,20 @@ class Study:
     return {
       'algorithm': rl.algorithm,
       'learning_rate': rl.learning_rate,
-      'loss': rl.loss.to_dict(),
+      'loss': self._numbers('loss'),
+      'advantage': self._numbers('advantage'),
       'dialogues_per_step': self.config.rollout.batch,
       'steps': logs['rl'],
       'shuffled_steps': logs.get('shuffled', []),
     }
+
+  def _numbers(self, part) -> dict:
+    """The numbers of a part of the algorithm, those of the config in them."""
+    rl = self.config.rl
+    row = (learn.ALGORITHMS | learn.PREFERENCES)[rl.algorithm]
+    if part not in row._fields:
+      return {}
+    return settings(numbered(getattr(row, part), rl[part].to_dict()))
 
   def cap(self) -> dict:
     return self._arms('Arms', [arm for arm in self.arms if arm != 'base/free'])

@@ -62,7 +62,7 @@ def fake(seed=0, lines=LINES, steps=STEPS):
     'rl': {
       'algorithm': 'grpo',
       'learning_rate': 1e-5,
-      'kl': 0.02,
+      'loss': {'clip': 0.2, 'kl': 0.01, 'kl_kind': 'k3'},
       'dialogues_per_step': 16,
       'steps': [_step(rng, i, 0.3) for i in range(steps)],
       'shuffled_steps': [_step(rng, i, 0.0) for i in range(steps)],
@@ -413,7 +413,7 @@ def test_missing_arms_are_left_out():
 def test_undefined_numbers_leave_no_empty_picture():
   whole = fake(lines=3, steps=4)
   results = undefined(whole) | {'about': whole['about']}
-  results['rl'] |= {'learning_rate': 1e-5, 'kl': 0.02}
+  results['rl'] |= {'learning_rate': 1e-5, 'loss': {}}
   results['answer']['gap']['closed_by_rl'] = None
   page = report.render(results)
   assert '<figure>' not in page
