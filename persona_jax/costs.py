@@ -145,9 +145,8 @@ def train_bytes(job: Job) -> float:
   """Bytes of a step: every array that is made is written and read once."""
   config, tensor = job.config, job.mesh['tensor']
   passes = 3 if job.remat == 'none' else 4  # forward, again, backward twice
-  weights = math.prod((2, _BF16, passes, job.microbatches))  # gathered, read
-  weights *= _numbers(job) / tensor
-  slots = job.batch // job.ways * job.tokens
+  weights = 2 * passes * job.microbatches * serving(job)  # gathered, read
+  slots = job.slots
   wide = (config.heads + 2 * config.kv_heads) * config.head_dim
   wide = (wide + 4 * config.hidden) / tensor + 8 * config.features
   made = 2 * _BF16 * passes * slots * config.layers * wide
@@ -161,9 +160,9 @@ def _scores(job):
   if job.attend in _HALF:
     return 0.0
   config = job.config
-  slots = job.batch // job.ways * job.tokens**2
+  pairs = job.slots * job.tokens
   heads = config.heads / job.mesh['tensor']
-  return 2 * (_F32 + _BF16) * slots * heads * config.layers
+  return 2 * (_F32 + _BF16) * pairs * heads * config.layers
 
 
 def talk_bytes(job: Job) -> int:
@@ -177,10 +176,10 @@ def talk_bytes(job: Job) -> int:
 def train_sent(job: Job) -> float:
   """Bytes of a step: weights gathered twice, sums of halves and gradients."""
   share = lambda axis: 1 - 1 / job.mesh[axis]
-  weights = _BF16 * _numbers(job) / job.mesh['tensor'] * job.microbatches
+  weights = job.microbatches * serving(job)
   trained, _ = jobs.state(job)
   grads = held(trained.params, job)
-  slots = job.batch // job.ways * job.tokens
+  slots = job.slots
   sums = 6 * 2 * _BF16 * slots * job.config.features * job.config.layers
   return (
     (2 + (not job.rank)) * weights * share('fsdp')
@@ -262,8 +261,7 @@ def temporaries(job: Job) -> float:
   the gradient (twice where microbatches add up), and a block of logits.
   """
   config, tensor = job.config, job.mesh['tensor']
-  rows = job.batch // job.microbatches // job.ways
-  slots = rows * job.tokens
+  slots = job.slots / job.microbatches
   trained, _ = jobs.state(job)
   grads = held(trained.params, job) * (1 + (job.microbatches > 1))
   kept = _BF16 * slots * config.features * config.layers
@@ -278,8 +276,3 @@ def temporaries(job: Job) -> float:
       scores *= config.layers
   gathered = 3 * _BF16 * products(config).all / tensor
   return grads + kept + layer + scores + gathered + 3 * _F32 * jobs.HELD
-
-
-def _numbers(job):
-  leaves = jax.tree.leaves(jobs.params(job.config, jnp.float32))
-  return sum(x.size for x in leaves)

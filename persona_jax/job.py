@@ -65,6 +65,11 @@ class Job:
     return math.prod(self.mesh[axis] for axis in sharding.ROWS)
 
   @property
+  def slots(self) -> float:
+    """Tokens of a step that a chip reads."""
+    return self.batch / self.ways * self.tokens / self.mesh['sequence']
+
+  @property
   def prompt(self) -> int:
     """Slots of the prompt."""
     return self.tokens // 8
@@ -115,9 +120,9 @@ def check(job: Job):
   least = job.ways * job.microbatches
   if min(job.batch, job.microbatches) < 1 or job.batch % least:
     raise ValueError(
-      f'--batch={job.batch} does not divide over the {job.ways} ways of data '
-      f'and fsdp in {job.microbatches} microbatches; give a multiple of '
-      f'{max(least, 1)}, or change --mesh or --microbatches.'
+      f'--batch={job.batch} does not divide over the {job.ways} ways of '
+      f'{", ".join(sharding.ROWS)} in {job.microbatches} microbatches; give a '
+      f'multiple of {max(least, 1)}, or change --mesh or --microbatches.'
     )
   if job.lines < 2 or job.line < 1:
     raise ValueError(

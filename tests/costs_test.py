@@ -208,6 +208,15 @@ def test_state_is_spread_and_serving_is_not(model):
   assert costs.cache(both) == costs.cache(spread)  # twice the rows, half heads
 
 
+def test_tokens_that_lie_over_sequence_need_less(model):
+  rows = job(model, 'h100:8', mesh='fsdp=4,data=2', batch=8, tokens=512)
+  spread = job(model, 'h100:8', mesh='fsdp=4,sequence=2', batch=8, tokens=512)
+  assert (rows.slots, spread.slots) == (512, 512)
+  again = spread.changed(batch=4)
+  assert costs.temporaries(again) < costs.temporaries(spread)
+  assert (again.ways, again.slots) == (4, 256)
+
+
 def test_an_adapter_shares_its_base(model):
   one = job(model, rank=4)
   assert costs.start(one) == 0
@@ -226,8 +235,7 @@ def test_microbatches_and_remat_need_less(model):
 def test_narrow_shards_of_a_tpu():
   one = jobs.make(topology='v5p:4x4x4', model='llama-3.1-8b')
   assert costs.narrow(one) == 64
-  wider = one.mesh | {'data': 2, 'fsdp': 32}
-  assert costs.narrow(one.changed(mesh=wider)) == 0
+  assert costs.narrow(one.changed(mesh=one.mesh | {'data': 2, 'fsdp': 32})) == 0
   assert costs.narrow(one.changed(topology='h100:64')) == 0
 
 

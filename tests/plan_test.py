@@ -12,6 +12,7 @@ import pytest
 from persona_jax import chips, costs, main, plan, plan_tables, planned
 from persona_jax import job as jobs
 from persona_jax.chips import GIB
+from persona_jax.learn import sharding
 
 model = costs_test.model
 EIGHT = ('h100:8', '--mesh=fsdp=4,tensor=2', '--batch=16', '--tokens=128')
@@ -104,8 +105,7 @@ def test_what_a_machine_reads(model, capsys):
   record = json.loads(
     said(capsys, *EIGHT, f'--model={model}', '--lines=4', '--quick', '--json')
   )
-  shape = {k: n for k, n in record['job']['mesh'].items() if n > 1}
-  assert shape == {'fsdp': 4, 'tensor': 2}
+  assert record['job']['mesh'] == sharding.mesh_shape('fsdp=4,tensor=2')
   assert record['chips'] == 8 and record['suggestion'] is None
   train = record['train']
   assert train['fits'] and train['collectives'] is None
