@@ -5,7 +5,6 @@ algorithm needs, `update` learns from some rows of what that gives.
 """
 
 import functools
-import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -28,7 +27,14 @@ from persona_jax.learn import (
   sharding,
 )
 from persona_jax.learn.advantages import Earned
-from persona_jax.learn.algorithms import ANCHOR, CRITIC, PROCESS, REFERENCE
+from persona_jax.learn.algorithms import (
+  ANCHOR,
+  CRITIC,
+  PROCESS,
+  REFERENCE,
+  numbered,
+  settings,
+)
 from persona_jax.learn.losses import Batch
 from persona_jax.learn.step import culprit, policy_loss, scores
 from persona_jax.models import decoder, lora
@@ -61,9 +67,8 @@ class Learner:
     rl = config.rl
     self._lab, self._rl = lab, rl
     self._temperature = config.rollout.temperature
-    self._algorithm = learn.ALGORITHMS.get(rl.algorithm)
-    if self._algorithm is None:
-      self._algorithm = learn.PREFERENCES[rl.algorithm]
+    self._algorithm = (learn.ALGORITHMS | learn.PREFERENCES)[rl.algorithm]
+    if rl.algorithm in learn.PREFERENCES:
       self._temperature = 1.0  # of replies that were not sampled here
     self._loss = numbered(self._algorithm.loss, rl.loss.to_dict())
     self._needs = set(self._algorithm.needs)
@@ -315,36 +320,6 @@ def to_batch(lab: Lab, said: Dialogue) -> tuple[Batch, Callable]:
     reference_logprobs=jnp.zeros_like(old),
     line=flat(jnp.broadcast_to(line, mask.shape)),
   ), own
-
-
-def numbered(fn: Callable, numbers: Mapping) -> Callable:
-  """`fn` with some of its numbers replaced.
-
-  Raises:
-    ValueError: it has no number of that name.
-  """
-  known = _numbers(fn)
-  for name in numbers:
-    if name not in known:
-      inner = fn.func if isinstance(fn, functools.partial) else fn
-      raise ValueError(
-        f'{inner.__name__} has no number {name!r}; its numbers are {[*known]}.'
-      )
-  return functools.partial(fn, **numbers)
-
-
-def settings(fn: Callable) -> dict:
-  """The numbers of `fn` that are given or have a default, by name."""
-  return {name: x for name, x in _numbers(fn).items() if x is not None}
-
-
-def _numbers(fn):
-  """What may be replaced of a function: all that is given by name alone."""
-  return {
-    name: x.default
-    for name, x in inspect.signature(fn).parameters.items()
-    if x.kind is inspect.Parameter.KEYWORD_ONLY
-  }
 
 
 def minibatches(

@@ -29,7 +29,7 @@ from persona_jax import (
 from persona_jax import workdir as owned
 from persona_jax.activations import Directions, calibration
 from persona_jax.analysis.calibration import Calibration
-from persona_jax.learner import numbered, settings
+from persona_jax.learn.algorithms import numbered, settings
 from persona_jax.text import corpus
 
 
@@ -225,11 +225,10 @@ class Study:
 
   def _numbers(self, part) -> dict:
     """The numbers of a part of the algorithm, those of the config in them."""
-    rl = self.config.rl
-    row = (learn.ALGORITHMS | learn.PREFERENCES)[rl.algorithm]
-    if part not in row._fields:
-      return {}
-    return settings(numbered(getattr(row, part), rl[part].to_dict()))
+    row = (learn.ALGORITHMS | learn.PREFERENCES)[self.config.rl.algorithm]
+    given = self.config.rl[part].to_dict()
+    fn = getattr(row, part, None)
+    return settings(numbered(fn, given)) if fn else {}
 
   def cap(self) -> dict:
     return self._arms('Arms', [arm for arm in self.arms if arm != 'base/free'])

@@ -39,6 +39,7 @@ def race(args):
 
   times = {'ours': [], 'trl': []}
   with tempfile.TemporaryDirectory() as folder:
+    folder = os.path.join(folder, 'model')
     models.save(models.load(args.model), folder)
     scripts = data.scripts('train', args.prompts)
     prompts = [script.persona.prompt for script in scripts]

@@ -5,7 +5,8 @@ Numbers are those of the papers; a config may give others.
 """
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from persona_jax.learn import advantages, losses, preferences
@@ -111,3 +112,33 @@ PREFERENCES = {
   'orpo': Preference(preferences.orpo_loss, losses.per_row, 2),
   'simpo': Preference(preferences.simpo_loss, losses.per_row, 2),
 }
+
+
+def numbered(fn: Callable, numbers: Mapping) -> Callable:
+  """`fn` with some of its numbers replaced.
+
+  Raises:
+    ValueError: it has no number of that name.
+  """
+  known = _numbers(fn)
+  for name in numbers:
+    if name not in known:
+      inner = fn.func if isinstance(fn, functools.partial) else fn
+      raise ValueError(
+        f'{inner.__name__} has no number {name!r}; its numbers are {[*known]}.'
+      )
+  return functools.partial(fn, **numbers)
+
+
+def settings(fn: Callable) -> dict:
+  """The numbers of `fn` that are given or have a default, by name."""
+  return {name: x for name, x in _numbers(fn).items() if x is not None}
+
+
+def _numbers(fn):
+  """What may be replaced of a function: all that is given by name alone."""
+  return {
+    name: x.default
+    for name, x in inspect.signature(fn).parameters.items()
+    if x.kind is inspect.Parameter.KEYWORD_ONLY
+  }
