@@ -18,12 +18,11 @@ from persona_jax import cache as caches
 from persona_jax.cache import Cache
 from persona_jax.models import attention, rope
 from persona_jax.models import experts as mixtures
+from persona_jax.models import remat as remats
 from persona_jax.models.attention import Kernels
 from persona_jax.models.config import DecoderConfig
 from persona_jax.models.linear import Kernel, Linear, product
 from persona_jax.taps import Tap
-
-TAPS = ('resid', 'attn_out', 'mlp_out', 'attn_weights')
 
 
 class Functions(NamedTuple):
@@ -127,9 +126,7 @@ class Decoder(nn.Module):
     return norm(config, 'norm')(x), cache
 
   def _block(self):
-    if self.remat == 'none':
-      return Block
-    return nn.remat(Block, prevent_cse=False, policy=_kept(self.remat))
+    return remats.rematerialised(Block, self.remat)
 
   def _scanned(self, x, cache, contexts):
     layers = nn.scan(
@@ -159,36 +156,6 @@ class Decoder(nn.Module):
         keys.append(memory[0])
         values.append(memory[1])
     return x, tuple(keys), tuple(values)
-
-
-def _kept(remat):
-  """What a layer keeps for its gradient, as jax.checkpoint is told.
-
-  Raises:
-    ValueError: there is no such way, or no such tap.
-  """
-  way, _, names = remat.partition(':')
-  names = names.split(',') if names else []
-  unknown = [name for name in names if name not in TAPS]
-  if unknown or bool(names) != (way in ('save', 'offload')):
-    way = None
-  if way == 'full':
-    return None
-  if way == 'dots':
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  if way == 'save':
-    return jax.checkpoint_policies.save_only_these_names(*names)
-  if way == 'offload':
-    return jax.checkpoint_policies.save_and_offload_only_these_names(
-      names_which_can_be_saved=[],
-      names_which_can_be_offloaded=names,
-      offload_src='device',
-      offload_dst='pinned_host',
-    )
-  raise ValueError(
-    f"remat={remat!r} is unknown; give 'none', 'full', 'dots', or 'save:' or "
-    f"'offload:' with some of the taps {TAPS}."
-  )
 
 
 class Context(NamedTuple):
