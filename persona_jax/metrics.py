@@ -39,6 +39,7 @@ class Scribe:
 
   def __init__(self, folder: Path, done: int = 0):
     self._path, self._folder = folder / 'metrics.jsonl', folder
+    self._done = done
     lines = []
     if self._path.exists():
       lines = self._path.read_text(encoding='utf-8').splitlines()[:done]
@@ -48,7 +49,9 @@ class Scribe:
   def __enter__(self):
     from tensorboardX import SummaryWriter
 
-    self._board = SummaryWriter(str(self._folder / 'events'))
+    self._board = SummaryWriter(
+      str(self._folder / 'events'), purge_step=self._done + 1
+    )
     self._wandb = _wandb(self._folder)
     return self
 

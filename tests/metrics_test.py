@@ -1,0 +1,42 @@
+"""Numbers on disk: whole files, and the metrics of each step."""
+
+import json
+import sys
+
+import pytest
+
+from persona_jax.metrics import Scribe
+
+
+def steps(folder):
+  lines = (folder / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_each_step_is_a_line_and_events(tmp_path):
+  with Scribe(tmp_path) as scribe:
+    scribe.write({'step': 1, 'loss': 0.5}, [['hello', 'who are you?']])
+    scribe.write({'step': 2, 'loss': float('nan')})
+  assert steps(tmp_path) == [
+    {'step': 1, 'loss': 0.5},
+    {'step': 2, 'loss': None},
+  ]
+  [events] = (tmp_path / 'events').iterdir()
+  told = events.read_bytes()
+  assert b'loss' in told and b'who are you?' in told
+
+
+def test_steps_that_are_taken_again_are_dropped(tmp_path):
+  with Scribe(tmp_path) as scribe:
+    for step in (1, 2, 3):
+      scribe.write({'step': step, 'loss': 1.0})
+  with Scribe(tmp_path, done=1) as scribe:
+    scribe.write({'step': 2, 'loss': 2.0})
+  assert steps(tmp_path) == [{'step': 1, 'loss': 1.0}, {'step': 2, 'loss': 2.0}]
+
+
+def test_wandb_is_asked_for_and_missing(tmp_path, monkeypatch):
+  monkeypatch.setenv('PERSONA_JAX_METRICS', 'wandb')
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(ImportError, match='pip install wandb'):
+    Scribe(tmp_path).__enter__()
