@@ -1,5 +1,6 @@
 """Train states on disk, through orbax; the newest whole one is restored."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -48,6 +49,8 @@ class Checkpoints:
   def save(self, step: int, state: Any, record: dict):
     """Writes `state` and `record`; returns when they may change."""
     sums = {k: int(x) for k, x in jax.device_get(_sums(state)).items()}
+    if step in self.steps:  # one that could not be read
+      self._manager.delete(step)
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -58,36 +61,31 @@ class Checkpoints:
     )
     self.last = step
 
-  def restore(self, like: Any, step: int | None = None) -> Found | None:
+  def restore(self, like: Any) -> Found | None:
     """The newest that can be read, in the shapes and places of `like`.
 
-    None where there is none. With `step`, that one or an error.
+    None where there is none.
 
     Raises:
-      ValueError: nothing that is there can be read, or not that step.
+      ValueError: nothing that is there can be read.
     """
     self._manager.wait_until_finished()
-    steps = self.steps if step is None else [step]
-    for number in steps:
+    for step in self.steps:
       try:
-        return self._read(number, like)
+        return self._read(step, like)
       except Exception as error:  # whatever orbax says of a broken file
-        reason = f'{type(error).__name__}: {str(error).splitlines()[0][:200]}'
+        said = ' '.join(str(error).split())[:200]
         warnings.warn(
-          f'the checkpoint {self.folder / str(number)} cannot be read '
-          f'({reason}); the one before it is taken.',
+          f'the checkpoint {self.folder / str(step)} cannot be read '
+          f'({type(error).__name__}: {said}); the one before it is taken.',
           stacklevel=2,
         )
-    if not steps:
+    if not self.steps:
       return None
     raise ValueError(
-      f'no checkpoint in {self.folder} can be read, of the steps {steps}; '
+      f'no checkpoint in {self.folder} can be read, of the steps {self.steps}; '
       'give another --workdir to begin anew.'
     )
-
-  def told(self, step: int) -> bool:
-    """Whether processes that share a mesh were told to end at this step."""
-    return self._manager.reached_preemption(step)
 
   def close(self):
     """Waits for what is being written."""
@@ -114,44 +112,41 @@ class Checkpoints:
 
 
 class Guard:
-  """Saves the newest state when SIGTERM comes, and ends the process.
+  """Saves the newest state when SIGTERM comes, or a number is not finite.
 
   The signal may come while the main thread waits for a device, when Python
-  runs no handler: a thread of its own waits for it. `offer` what may be saved;
-  `changing()` holds the thread off while a state is given away to an update.
-  Processes that share a mesh agree on a step by themselves (`settle`).
+  runs no handler: a thread of its own waits for it, and ends the process.
+  `offer` what may be saved; while it is `changing()` nothing is.
   """
 
   def __init__(self, saved: Checkpoints):
     self._saved, self._offered = saved, None
     self._lock = threading.Lock()
-    self._several = jax.process_count() > 1
 
   def offer(self, step: int, state: Any, record: dict):
     """What to save from now on."""
     self._offered = step, state, record
 
+  @contextlib.contextmanager
   def changing(self):
-    """A context in which what was offered is not to be read."""
-    return self._lock
+    """While an update may reuse the memory of what was offered."""
+    with self._lock:
+      self._offered = None
+      yield
 
   def settle(self, step: int, *, every: int, last: int):
-    """Saves where it is time; ends the process where all were told to end.
-
-    Raises:
-      SystemExit: the processes of a mesh were told to, and have saved.
-    """
-    told = self._several and self._saved.told(step)
-    if told or step == last or step % every == 0:
+    """Saves where it is time."""
+    if step == last or step % every == 0:
       self.save()
-    if told and step < last:
-      self._saved.close()
-      raise SystemExit(TERMINATED)
+
+  def save(self):
+    """Writes what was offered, unless it is there."""
+    with self._lock:
+      self._write()
 
   def __enter__(self):
-    main = threading.current_thread() is threading.main_thread()
-    if self._several or not main:
-      return self
+    if threading.current_thread() is not threading.main_thread():
+      return self  # Python gives signals to the main thread alone
     self._reads, self._writes = os.pipe()
     os.set_blocking(self._writes, False)
     self._before = (
@@ -161,7 +156,11 @@ class Guard:
     threading.Thread(target=self._wait, daemon=True).start()
     return self
 
-  def __exit__(self, *_):
+  def __exit__(self, kind, *_):
+    if kind is not None and issubclass(kind, FloatingPointError):
+      self.save()
+    with self._lock:
+      self._saved.close()
     if not hasattr(self, '_before'):
       return
     handler, wakeup = self._before
@@ -178,11 +177,6 @@ class Guard:
           os._exit(TERMINATED)
     os.close(self._reads)
     os.close(self._writes)
-
-  def save(self):
-    """Writes what was offered, unless it is there."""
-    with self._lock:
-      self._write()
 
   def _write(self):
     if self._offered is not None:

@@ -5,8 +5,7 @@ algorithm needs, `update` learns from some rows of what that gives.
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import optax
 from flax import struct
 from jaxtyping import PyTree
 
-from persona_jax import learn, masked
+from persona_jax import learn, masked, trained
 from persona_jax.dialogue import POLICY, Dialogue, view
 from persona_jax.lab import Lab
 from persona_jax.learn import (
@@ -51,19 +50,15 @@ class States:
   process: PyTree = None
 
 
-class Trained(NamedTuple):
-  """What is trained, and how it becomes a policy."""
-
-  start: PyTree  # before the first step
-  collection: str  # that it is the leaves of: 'params' or 'lora'
-  fixed: PyTree  # what else that collection holds
-  policy: Callable  # trained -> {'params': ..., 'lora': ...}
-
-
 class Learner:
   """An algorithm on a model, compiled for one shape of rollouts."""
 
   def __init__(self, lab: Lab, config):
+    if jax.process_count() > 1:
+      raise ValueError(
+        f'training runs in one process, and here are {jax.process_count()}; '
+        'start it on one host.'
+      )
     rl = config.rl
     self._lab, self._rl = lab, rl
     self._temperature = config.rollout.temperature
@@ -80,7 +75,7 @@ class Learner:
       parts.append(self._advantage)
     if any(settings(x).get('kl') for x in parts) or PROCESS in self._needs:
       self._needs.add(REFERENCE)
-    self.trained = _adapter(lab, config) if rl.adapter.rank else _whole(lab)
+    self.trained = trained.of(lab, config)
     shape = sharding.mesh_shape(config.mesh) if config.mesh else None
     self.mesh = sharding.make_mesh(shape)
     model = decoder.functions(
@@ -106,7 +101,9 @@ class Learner:
       )
       for name, rate in zip(PARTS, rates, strict=True)
     }
-    self._programs = {}
+    self._jitted_prepare = jax.jit(self._prepare)
+    self._jitted_given = jax.jit(self._given)
+    self._jitted_update = None  # until it is known where states lie
 
   def init(self) -> States:
     """The states before the first step, each in its place."""
@@ -129,52 +126,60 @@ class Learner:
 
   def prepare(self, states: States, said: Dialogue, rewards) -> tuple:
     """`(batch, metrics)`: a rollout as something to learn from."""
-    if 'prepare' not in self._programs:
-      self._programs['prepare'] = jax.jit(self._prepare)
-    return self._programs['prepare'](
+    return self._jitted_prepare(
       states, self._lab.model.variables, said, rewards
     )
 
   def given(self, states: States, batch: Batch, others: Batch) -> Batch:
     """Replies with what the loss asks of them; KTO's `others` answer others."""
-    if 'given' not in self._programs:
-      self._programs['given'] = jax.jit(self._given)
-    return self._programs['given'](
-      states, self._lab.model.variables, batch, others
-    )
+    return self._jitted_given(states, self._lab.model.variables, batch, others)
 
-  def update(self, states: States, batch: Batch, rows) -> tuple[States, dict]:
-    """One update by some rows of a batch; the metrics stay on the devices."""
-    if 'update' not in self._programs:
-      places = jax.tree.map(lambda x: x.sharding, states)
-      self._programs['update'] = jax.jit(
-        self._update, out_shardings=(places, None), donate_argnums=0
-      )
-    return self._programs['update'](
-      states, self._lab.model.variables, batch, rows
-    )
+  def learn(
+    self, states: States, batch: Batch, parts, *, step: int, keep: Callable
+  ) -> tuple[States, dict[str, float]]:
+    """An update by each of `parts`, rows of the batch; the means of metrics.
 
-  @staticmethod
-  def failed(metrics: Mapping[str, float]) -> bool:
-    """Whether an update met a number that is not finite, and was left out."""
-    return any(metrics.get(f'{name}/culprit', -1) >= 0 for name in PARTS)
-
-  def check(self, metrics: Mapping[str, float], states: States):
-    """Raises where an update met a number that is not finite.
+    An update that meets a number that is not finite changes nothing. With
+    `rl.skip` it is counted; else, if it is the first of this `step`,
+    `keep(states)` may save them before the error.
 
     Raises:
-      FloatingPointError: names the first one; the state is from before it.
+      FloatingPointError: names the first such number.
     """
-    for name in PARTS:
-      number = int(metrics.get(f'{name}/culprit', -1))
-      if number >= 0:
-        state = getattr(states, name)
-        what = culprit(number, state.params)
+    found, skipped = [], 0
+    for i, rows in enumerate(parts):
+      states, told = self._compiled_update(states)(
+        states, self._lab.model.variables, batch, rows
+      )
+      told = {name: float(value) for name, value in told.items()}
+      culprits = {x: int(told.pop(f'{x}/culprit', -1)) for x in PARTS}
+      wrong = [
+        f'{what} of the {name}'
+        for name, number in culprits.items()
+        if (what := culprit(number, getattr(states, name)))
+      ]
+      if wrong and not self._rl.skip:
+        if i == 0:
+          keep(states)
         raise FloatingPointError(
-          f'{what} of the {name} is not finite in step {int(state.step) + 1}; '
-          'the state is from before that step. Lower the learning rate, look '
-          'at the rewards, or set rl.skip to leave such steps out.'
+          f'{wrong[0]} is not finite in step {step + 1}, update {i + 1} of '
+          f'{len(parts)}, which was left out; lower the learning rate, look '
+          'at the rewards, or set rl.skip=true to count such updates and go on.'
         )
+      skipped += bool(wrong)
+      if not wrong:
+        found.append(told)
+    metrics = {k: float(np.mean([x[k] for x in found])) for k in told if found}
+    return states, metrics | {'step/skipped': float(skipped)}
+
+  def _compiled_update(self, states):
+    """The compiled update, whose states stay where they are."""
+    if self._jitted_update is None:
+      places = jax.tree.map(lambda x: x.sharding, states)
+      self._jitted_update = jax.jit(
+        self._update, out_shardings=(places, None), donate_argnums=0
+      )
+    return self._jitted_update
 
   def _variables(self, params, base):
     """What `apply` takes of trained parameters."""
@@ -272,7 +277,7 @@ class Learner:
       optimizer=self._optimizers['policy'],
     )
     metrics['policy/culprit'] = metrics.pop('step/culprit')
-    states = states.replace(policy=policy)
+    before, states = states, states.replace(policy=policy)
     if states.critic is not None:
       new, told = step(
         states.critic,
@@ -293,6 +298,12 @@ class Learner:
       )
       states = states.replace(process=new)
       metrics |= _named('process', told)
+    if states.critic is not None or states.process is not None:
+      told = [metrics.get(f'{name}/culprit', -1) for name in PARTS]
+      fine = jnp.max(jnp.stack([jnp.asarray(x) for x in told])) < 0
+      states = jax.tree.map(
+        lambda new, old: jnp.where(fine, new, old), states, before
+      )
     return states, losses.summary(metrics)
 
 
@@ -322,10 +333,8 @@ def to_batch(lab: Lab, said: Dialogue) -> tuple[Batch, Callable]:
   ), own
 
 
-def minibatches(
-  rows: int, count: int, epochs: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-  """Rows of each update: `epochs` shuffled rounds of `count` equal parts.
+def minibatches(rows: int, count: int, epochs: int) -> Callable:
+  """`step -> rows of each update`: shuffled rounds of `count` equal parts.
 
   One part is all rows in their order.
 
@@ -336,10 +345,15 @@ def minibatches(
     raise ValueError(
       f'rollout.batch={rows} does not divide into rl.minibatches={count}.'
     )
-  if count == 1:
-    return [np.arange(rows)] * epochs
-  orders = [rng.permutation(rows) for _ in range(epochs)]
-  return [part for order in orders for part in np.split(order, count)]
+
+  def parts(step: int) -> list[np.ndarray]:
+    if count == 1:
+      return [np.arange(rows)] * epochs
+    rng = np.random.default_rng([step, 6])
+    orders = [rng.permutation(rows) for _ in range(epochs)]
+    return [part for order in orders for part in np.split(order, count)]
+
+  return parts
 
 
 def _begin(optimizer, params):
@@ -352,29 +366,3 @@ def _named(name, metrics):
   new = {k: v for k, v in metrics.items() if k not in own}
   rename = {k: f'{name}/{k.rpartition("/")[2]}' for k in own & set(metrics)}
   return new | {new_name: metrics[k] for k, new_name in rename.items()}
-
-
-def _whole(lab: Lab) -> Trained:
-  """All parameters."""
-  return Trained(
-    start=lab.model.variables['params'],
-    collection='params',
-    fixed={},
-    policy=lambda params: {'params': params},
-  )
-
-
-def _adapter(lab: Lab, config) -> Trained:
-  """A low-rank adapter; the model itself stays as it is."""
-  key = jax.random.fold_in(jax.random.key(config.seed), 5)
-  adapter = lora.init(lab.model.config, key, **config.rl.adapter)
-  start, scales = lora.split(adapter)
-  return Trained(
-    start=start,
-    collection='lora',
-    fixed=scales,
-    policy=lambda weights: {
-      **lab.model.variables,
-      'lora': lora.joined(weights, scales),
-    },
-  )

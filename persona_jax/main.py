@@ -223,7 +223,8 @@ def _train(job):
   last = done['steps'][-1]
   console = Console()
   for name, value in last.items():
-    console.print(f'{name:<28} {value:.4g}')
+    shown = 'not finite' if value is None else f'{value:.4g}'
+    console.print(f'{name:<28} {shown}')
   console.print(f'{Path(options["workdir"]) / "policies" / "rl"}')
 
 

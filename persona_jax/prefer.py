@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from persona_jax import batches, learn
@@ -16,7 +15,7 @@ from persona_jax.learn.algorithms import ANCHOR
 from persona_jax.learner import Learner
 from persona_jax.metrics import Scribe
 from persona_jax.text import examples
-from persona_jax.train import Result
+from persona_jax.train import Result, finished
 
 
 class Row(NamedTuple):
@@ -31,7 +30,7 @@ def run(
 ) -> Result:
   """Trains on `rl.data`, by default our pairs; continues what `folder` holds.
 
-  With `shuffle`, every other example, drawn by chance, has the wrong label: a
+  With `shuffle`, about half of the examples, drawn by chance, are wrong: a
   control.
 
   Raises:
@@ -44,36 +43,35 @@ def run(
     read(lab, config, shuffle=shuffle),
     batch=config.rollout.batch,
     seed=config.seed,
-    process=jax.process_index(),
-    processes=jax.process_count(),
   )
-  states, log = learner.init(), []
-  saved = Checkpoints(folder)
+  states, log, place = learner.init(), [], feed.get_state()
+  saved, rows = Checkpoints(folder), np.arange(config.rollout.batch)
   found = saved.restore(states)
   if found is not None:
     states, log = found.state, found.record['log']
-    feed.set_state(found.record['feed'])
+    place = found.record['feed']
+    feed.set_state(place)
     advance(len(log))
   with Guard(saved) as guard, Scribe(folder, len(log)) as scribe:
     for step in range(len(log), rl.steps):
       began = time.monotonic()
+      keep = lambda states, step=step, place=place: guard.offer(
+        step, states, {'log': log, 'feed': place}
+      )
       batch, others = _arrays(config, next(feed))
       with guard.changing():
         batch = learner.given(states, batch, others)
-        rows = np.arange(config.rollout.batch)
-        states, told = learner.update(states, batch, rows)
-        told = {name: float(value) for name, value in told.items()}
-        if not rl.skip:
-          learner.check(told, states)
+        states, told = learner.learn(
+          states, batch, [rows], step=step, keep=keep
+        )
         seconds = time.monotonic() - began
         log.append(told | {'step': step + 1, 'seconds': seconds})
-        record = {'log': log, 'feed': feed.get_state()}
-        guard.offer(step + 1, states, record)
+        place = feed.get_state()
+        guard.offer(step + 1, states, {'log': log, 'feed': place})
       scribe.write(log[-1])
       guard.settle(step + 1, every=rl.save_every, last=rl.steps)
       advance(1)
-  saved.close()
-  return Result(learner.trained.policy(states.policy.params), log)
+  return finished(lab, learner, states, log, folder)
 
 
 def read(lab: Lab, config, *, shuffle: bool = False) -> list[Row]:
@@ -99,19 +97,25 @@ def read(lab: Lab, config, *, shuffle: bool = False) -> list[Row]:
     reply_tokens=size.tokens,
   )
   if shuffle:
-    encoded = _mislabelled(encoded, config.seed)
+    encoded = _spoilt(encoded, config.seed)
   others = batches.mismatched(encoded) if anchored else [None] * len(encoded)
   return [Row(*both) for both in zip(encoded, others, strict=True)]
 
 
-def _mislabelled(rows, seed):
-  """Half of the rows, by chance, with pairs or labels the other way round."""
+def _spoilt(rows: list[Encoded], seed: int) -> list[Encoded]:
+  """About half of the rows, by chance, made wrong.
+
+  A pair is turned round, a label too; what has neither gets a reply to another
+  prompt.
+  """
   wrong = np.random.default_rng(seed).random(len(rows)) < 0.5
-  turned = lambda row: row._replace(
-    replies=row.replies[::-1],
-    label=None if row.label is None else not row.label,
-  )
-  return [turned(r) if w else r for r, w in zip(rows, wrong, strict=True)]
+  if len(rows[0].replies) == 2:
+    others = [row._replace(replies=row.replies[::-1]) for row in rows]
+  elif rows[0].label is not None:
+    others = [row._replace(label=not row.label) for row in rows]
+  else:
+    others = batches.mismatched(rows)
+  return [b if w else a for a, b, w in zip(rows, others, wrong, strict=True)]
 
 
 def _arrays(config, rows):

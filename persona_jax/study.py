@@ -39,10 +39,7 @@ def run(config, workdir, *, quiet: bool = False) -> dict:
   Raises:
     ValueError: the config is out of range, or the workdir is another's.
   """
-  check(config)
-  workdir = Path(workdir)
-  owned.claim(workdir, config)
-  study = Study(config, workdir, quiet)
+  study = _opened(config, workdir, quiet)
   for phase in study.phases:
     study.done(phase)
   return study.results()
@@ -54,13 +51,18 @@ def train_only(config, workdir, *, quiet: bool = False) -> dict:
   Raises:
     ValueError: the config is out of range, or the workdir is another's.
   """
-  check(config)
-  workdir = Path(workdir)
-  owned.claim(workdir, config)
-  study = Study(config, workdir, quiet)
+  study = _opened(config, workdir, quiet)
   for phase in ('model', 'judges', 'rl'):
     study.done(phase)
   return study.done('rl')
+
+
+def _opened(config, workdir, quiet):
+  """The study of a workdir, the config checked and the folder its own."""
+  check(config)
+  workdir = Path(workdir)
+  owned.claim(workdir, config)
+  return Study(config, workdir, quiet)
 
 
 def check(config):
@@ -87,18 +89,16 @@ def check(config):
       f'rollout.batch={config.rollout.batch} does not divide into groups of '
       f'rl.group={config.rl.group}.'
     )
+  algorithms = learn.ALGORITHMS | learn.PREFERENCES
   known = {
     'cap.hold': (config.cap.hold, calibration.SIDES),
-    'rl.algorithm': (
-      config.rl.algorithm,
-      (*learn.ALGORITHMS, *learn.PREFERENCES),
-    ),
+    'rl.algorithm': (config.rl.algorithm, tuple(algorithms)),
     'dtype': (config.dtype, ('float32', 'bfloat16')),
   }
   for field, (value, choices) in known.items():
     if value not in choices:
       raise ValueError(f'{field}={value!r} is unknown; give one of {choices}.')
-  algorithm = (learn.ALGORITHMS | learn.PREFERENCES)[config.rl.algorithm]
+  algorithm = algorithms[config.rl.algorithm]
   for part in {'advantage', 'loss'} & set(algorithm._fields):
     numbered(getattr(algorithm, part), config.rl[part].to_dict())
   if not 0 <= config.cap.first < config.cap.last <= 1:

@@ -49,6 +49,7 @@ def run(
   if found is not None:
     states, log = found.state, found.record['log']
     advance(len(log))
+  parts = minibatches(config.rollout.batch, rl.minibatches, rl.epochs)
   with Guard(saved) as guard, Scribe(folder, len(log)) as scribe:
     for step in range(len(log), rl.steps):
       began = time.monotonic()
@@ -59,13 +60,27 @@ def run(
         key = jax.random.fold_in(key, step)
         values = rewards.shuffled(values, key)
       with guard.changing():
-        states, learned = _learned(learner, rl, step, states, said, values)
+        batch, about = learner.prepare(states, said, values)
+        told |= {name: float(value) for name, value in about.items()}
+        states, learned = learner.learn(
+          states,
+          batch,
+          parts(step),
+          step=step,
+          keep=lambda states, step=step: guard.offer(
+            step, states, {'log': log}
+          ),
+        )
         log.append(_record(lab, step, said, told | learned, began))
         guard.offer(step + 1, states, {'log': log})
       scribe.write(log[-1], data.texts(lab.chat, said))
       guard.settle(step + 1, every=rl.save_every, last=rl.steps)
       advance(1)
-  saved.close()
+  return finished(lab, learner, states, log, folder)
+
+
+def finished(lab, learner, states, log, folder) -> Result:
+  """The result of a run; an adapter is left for PEFT too."""
   policy = learner.trained.policy(states.policy.params)
   if adapter_file.fits(lab.model.config) and 'lora' in policy:
     if not (folder / 'adapter').exists():
@@ -114,25 +129,6 @@ def _judged(lab, terms, said):
     )
   metrics['reward'] = float(np.asarray(total)[spoken].mean())
   return total, metrics
-
-
-def _learned(learner, rl, step, states, said, values):
-  """The states after every update by one rollout, and the means of metrics."""
-  batch, metrics = learner.prepare(states, said, values)
-  rng = np.random.default_rng([step, 6])
-  rows = values.shape[0]
-  found = []
-  for part in minibatches(rows, rl.minibatches, rl.epochs, rng):
-    states, told = learner.update(states, batch, part)
-    told = {name: float(value) for name, value in told.items()}
-    if not rl.skip:
-      learner.check(told, states)
-    found.append(told)
-  kept = [x for x in found if not learner.failed(x)] or found[:1]
-  metrics = {name: float(value) for name, value in metrics.items()}
-  metrics |= {k: float(np.mean([x[k] for x in kept])) for k in found[0]}
-  metrics['step/skipped'] = float(sum(map(learner.failed, found)))
-  return states, metrics
 
 
 def _record(lab, step, said, metrics, began):

@@ -196,3 +196,32 @@ def test_it_saves_where_it_is_time(tmp_path):
       guard.settle(step, every=3, last=7)
   saved.close()
   assert Checkpoints(tmp_path).steps == [7, 6, 3]
+
+
+def test_a_broken_one_is_written_again(written):
+  spoil(written / '2', 'cut')
+  saved = Checkpoints(written)
+  with pytest.warns(UserWarning, match='cannot be read'):
+    assert saved.restore(state(0)).step == 1
+  saved.save(2, state(5), {'log': []})
+  saved.close()
+  found = Checkpoints(written).restore(state(0))
+  assert found.step == 2
+  chex.assert_trees_all_equal(found.state, state(5))
+
+
+def test_what_is_not_finite_leaves_the_state_of_before(tmp_path):
+  saved = Checkpoints(tmp_path)
+  with pytest.raises(FloatingPointError), Guard(saved) as guard:
+    guard.offer(3, state(3), {})
+    raise FloatingPointError
+  assert Checkpoints(tmp_path).steps == [3]
+
+
+def test_while_it_changes_nothing_is_saved(tmp_path):
+  saved = Checkpoints(tmp_path)
+  with pytest.raises(FloatingPointError), Guard(saved) as guard:
+    guard.offer(3, state(3), {})
+    with guard.changing():  # its memory may be used again
+      raise FloatingPointError
+  assert Checkpoints(tmp_path).steps == []

@@ -309,6 +309,32 @@ def test_the_step_goes_down_the_gradient_of_the_loss(variables, batch, update):
   chex.assert_trees_all_close(after.params, want, atol=2e-6)
 
 
+@pytest.mark.parametrize('where', ['loss', 'gradient', 'nowhere'])
+def test_what_is_not_finite_changes_nothing_and_is_named(
+  variables, batch, where
+):
+  def loss_fn(params, batch, weights):
+    kernel = params['layers']['mlp']['down']['kernel']
+    loss = jnp.sum(kernel**2) * (jnp.nan if where == 'loss' else 1.0)
+    if where == 'gradient':  # of sqrt at zero, times zero
+      loss += jnp.sum(jnp.sqrt(0.0 * kernel))
+    return loss, {}
+
+  optimizer = optax.adam(0.1)
+  state = learn.init_state(variables['params'], optimizer)
+  after, metrics = learn.train_step(
+    state, batch, losses.per_token(batch), loss_fn=loss_fn, optimizer=optimizer
+  )
+  told = step.culprit(int(metrics['step/culprit']), state)
+  if where == 'nowhere':
+    assert told is None and after.step == 1
+    return
+  names = {'loss': 'the loss'}
+  names['gradient'] = 'the gradient of layers/mlp/down/kernel'
+  assert told == names[where]
+  chex.assert_trees_all_equal(after, state)
+
+
 @pytest.mark.parametrize('weigh', [losses.per_token, losses.per_sequence])
 def test_microbatches_add_up_to_the_batch(variables, batch, update, weigh):
   state = learn.init_state(variables['params'], OPTIMIZER)

@@ -23,6 +23,8 @@ from persona_jax import (
   train,
   trees,
 )
+from persona_jax.batches import Encoded
+from persona_jax.learner import Learner
 from persona_jax.models import adapter_file, decoder
 from persona_jax.models.config import DecoderConfig, Kind, Rope
 
@@ -132,9 +134,12 @@ def test_an_adapter_is_trained_and_left_for_peft(config, tmp_path):
 
 
 @pytest.mark.devices
-@pytest.mark.parametrize('rank', [0, 2])
-def test_rl_runs_on_all_devices(config, tmp_path, rank):
+@pytest.mark.parametrize(
+  ('rank', 'mesh'), [(0, ''), (2, ''), (0, 'fsdp=2,sequence=2,tensor=2')]
+)
+def test_rl_runs_on_all_devices(config, tmp_path, rank, mesh):
   config = config.copy_and_resolve_references()
+  config.mesh = mesh
   main.override(config, 'rollout.batch', str(jax.device_count()))
   _, result = trained(config, tmp_path, rank=rank)
   leaf = jax.tree.leaves(result.policy['lora' if rank else 'params'])[0]
@@ -338,3 +343,85 @@ def test_every_preference_trains_all_parameters(config, tmp_path, name):
   main.override(config, 'rl.steps', '3')
   longer = prefer.run(opened, config, tmp_path, advance=silent)
   assert longer.log[:2] == result.log and len(longer.log) == 3
+
+
+def test_a_broken_update_stops_and_leaves_the_state_of_before(
+  config, tmp_path, monkeypatch
+):
+  # The second step's advantages are not finite.
+  config = config.copy_and_resolve_references()
+  main.override(config, 'rl.save_every', '9')
+  prepare, calls = Learner.prepare, []
+
+  def spoilt(self, *args):
+    batch, told = prepare(self, *args)
+    calls.append(len(calls))
+    factor = jnp.nan if len(calls) == 2 else 1.0
+    return batch.replace(advantages=factor * batch.advantages), told
+
+  monkeypatch.setattr(Learner, 'prepare', spoilt)
+  with pytest.raises(FloatingPointError, match='loss of the policy .* step 2'):
+    trained(config, tmp_path / 'stops', rank=2)
+  [saved] = [x for x in (tmp_path / 'stops').iterdir() if x.name.isdigit()]
+  assert saved.name == '1'
+  calls.clear()
+  main.override(config, 'rl.skip', 'true')
+  _, result = trained(config, tmp_path / 'skips', rank=2)
+  assert [x['step/skipped'] for x in result.log] == [0, 1]
+  assert 'loss' in result.log[0] and 'loss' not in result.log[1]
+
+
+@pytest.mark.slow
+def test_a_study_of_given_replies_answers(config, tmp_path):
+  config = config.copy_and_resolve_references()
+  main.override(config, 'rl.algorithm', 'dpo')
+  results = study.run(config, tmp_path / 'dpo', quiet=True)
+  assert results['rl']['loss'] == {'beta': 0.1, 'smoothing': 0.0}
+  assert 'dpo' in (tmp_path / 'dpo' / 'report.html').read_text()
+
+
+@pytest.mark.parametrize('name', ['dpo', 'kto', 'sft'])
+def test_a_control_is_wrong_about_half_of_the_time(name):
+  rng = np.random.default_rng(0)
+  ids = lambda: tuple(rng.integers(0, 9, 5).tolist())
+  replies = 2 if name == 'dpo' else 1
+  label = True if name == 'kto' else None
+  rows = [
+    Encoded(ids(), tuple(ids() for _ in range(replies)), label)
+    for _ in range(200)
+  ]
+  spoilt = prefer._spoilt(rows, 0)
+  changed = [a != b for a, b in zip(spoilt, rows, strict=True)]
+  assert 70 < sum(changed) < 130
+  assert all(a.prompt == b.prompt for a, b in zip(spoilt, rows, strict=True))
+  for new, old in zip(spoilt, rows, strict=True):
+    if name == 'dpo' and new != old:
+      assert new.replies == old.replies[::-1]
+    if name == 'kto':
+      assert new.replies == old.replies
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'match'),
+  [
+    ('rl.loss.clipp', '3', "clipped_loss has no number 'clipp'; its numbers"),
+    ('rl.advantage.clip', '3', "group_relative has no number 'clip'"),
+    ('rl.algorithm', 'pp', "'pp' is unknown; give one of"),
+    ('rl.group', '1', 'rl.group=1 is too small'),
+  ],
+)
+def test_numbers_that_an_algorithm_does_not_have(field, value, match):
+  config = main.load_config('study:tiny')
+  with pytest.raises(ValueError, match=match):
+    main.override(config, field, value)
+    study.check(config)
+
+
+def test_numbers_of_an_algorithm_are_read_as_numbers():
+  config = main.load_config('study:tiny')
+  main.override(config, 'rl.loss.clip_high', '0.3')
+  main.override(config, 'rl.advantage.whole', 'true')
+  study.check(config)
+  assert config.rl.loss.clip_high == 0.3 and config.rl.advantage.whole is True
+  with pytest.raises(ValueError, match="'abc' is no number; give one, or true"):
+    main.override(config, 'rl.loss.clip_low', 'abc')

@@ -113,11 +113,11 @@ def train_step(
   return state, metrics
 
 
-def culprit(number: int, params: PyTree) -> str | None:
+def culprit(number: int, state: PyTree) -> str | None:
   """What `step/culprit` means: None, the loss, or the gradient of a leaf."""
   if number < 0:
     return None
-  names = trees.flatten(params)
+  names = trees.flatten(state.params)
   return ['the loss', *[f'the gradient of {x}' for x in names]][number]
 
 

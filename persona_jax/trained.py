@@ -1,0 +1,50 @@
+"""What of a model is trained: all of it, or an adapter."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from persona_jax.lab import Lab
+from persona_jax.models import lora
+
+
+class Trained(NamedTuple):
+  """What is trained, and how it becomes a policy."""
+
+  start: PyTree  # before the first step
+  collection: str  # that it is the leaves of: 'params' or 'lora'
+  fixed: PyTree  # what else that collection holds
+  policy: Callable  # trained -> {'params': ..., 'lora': ...}
+
+
+def of(lab: Lab, config) -> Trained:
+  """What `config` trains: an adapter where `rl.adapter` has a rank."""
+  return _adapter(lab, config) if config.rl.adapter.rank else _whole(lab)
+
+
+def _whole(lab: Lab) -> Trained:
+  """All parameters."""
+  return Trained(
+    start=lab.model.variables['params'],
+    collection='params',
+    fixed={},
+    policy=lambda params: {'params': params},
+  )
+
+
+def _adapter(lab: Lab, config) -> Trained:
+  """A low-rank adapter; the model itself stays as it is."""
+  key = jax.random.fold_in(jax.random.key(config.seed), 5)
+  adapter = lora.init(lab.model.config, key, **config.rl.adapter)
+  start, scales = lora.split(adapter)
+  return Trained(
+    start=start,
+    collection='lora',
+    fixed=scales,
+    policy=lambda weights: {
+      **lab.model.variables,
+      'lora': lora.joined(weights, scales),
+    },
+  )
