@@ -12,6 +12,7 @@ import numpy as np
 from persona_jax import data, masked, models, rollout, taps, trees
 from persona_jax.activations import edits, space
 from persona_jax.dialogue import PARTNER, POLICY, Dialogue, view
+from persona_jax.learn import sharding
 from persona_jax.learn.logprobs import token_logprobs
 from persona_jax.models import cache as caches
 from persona_jax.models import decoder, lora
@@ -28,6 +29,7 @@ class Lab:
   batch: int  # rows of every program; the rest of a batch idles
   temperature: float
   dtype: Any  # of the computation; parameters stay as they were loaded
+  mesh: jax.sharding.Mesh
 
   @property
   def layers(self) -> int:
@@ -74,9 +76,9 @@ class Lab:
     if variables['params'] is self.model.variables['params']:
       params = self._weights
     else:
-      params = _unstack(variables['params'], self.dtype)
+      params = self._unstack(variables['params'])
     return Speaker(
-      variables={**_apart(rest), 'params': params},
+      variables={**self._apart(rest), 'params': params},
       sampling=Sampling.of(
         self.batch, self.model.stop_ids, temperature=self.temperature
       ),
@@ -87,7 +89,33 @@ class Lab:
 
   @functools.cached_property
   def _weights(self):
-    return _unstack(self.model.variables['params'], self.dtype)
+    return self._unstack(self.model.variables['params'])
+
+  def _unstack(self, params):
+    """Weights as decoding reads them."""
+    return self._served({'params': params})['params']
+
+  @functools.cached_property
+  def _served(self):
+    """Layers apart, in the dtype of the computation, gathered over fsdp."""
+
+    def serve(variables):
+      cast = jax.tree.map(lambda x: x.astype(self.dtype), variables)
+      return trees.unstack_layers(self._gathered(cast))
+
+    return jax.jit(serve)
+
+  @functools.cached_property
+  def _apart(self):
+    """What goes with the weights, in its own dtype."""
+    return jax.jit(lambda rest: trees.unstack_layers(self._gathered(rest)))
+
+  def _gathered(self, tree):
+    if self.mesh.size == 1:
+      return tree
+    rules = sharding.gathered(sharding.RULES)
+    places = trees.shardings(tree, self.mesh, rules)
+    return jax.lax.with_sharding_constraint(tree, places)
 
   @functools.cached_property
   def partner(self) -> Speaker:
@@ -104,7 +132,8 @@ class Lab:
     if not ours or 'lora' in variables:
       return self.partner, self.speaker(variables)
     apart = [
-      _apart({'edits': x})['edits'] for x in (self.free, variables['edits'])
+      self._apart({'edits': x})['edits']
+      for x in (self.free, variables['edits'])
     ]
     speaker = self.partner.replace(
       variables={'params': self._weights},
@@ -190,15 +219,30 @@ class Lab:
 
 
 def open_lab(config, *, progress=None) -> Lab:
-  """The lab of a config, computing in `config.dtype`.
+  """The lab of a config, computing in `config.dtype`, on all devices.
 
   Parameters that are trained are float32; under an adapter they are not.
+
+  Raises:
+    ValueError: the mesh does not fit the devices, or the batch the mesh.
   """
+  mesh = sharding.make_mesh(
+    sharding.mesh_shape(config.mesh) if config.mesh else None
+  )
+  ways = sharding.row_ways(mesh)
+  if config.rollout.batch % ways:
+    raise ValueError(
+      f'rollout.batch={config.rollout.batch} does not divide over the {ways} '
+      f'ways of {", ".join(sharding.ROWS)}; change it or config.mesh.'
+    )
   dtype = jnp.dtype(config.dtype)
   kept = dtype if config.rl.adapter.rank else jnp.float32
+  spread = mesh.size > 1
   loaded = models.load(
     config.model,
     dtype=kept,
+    mesh=mesh if spread else None,
+    rules=sharding.RULES if spread else None,
     context=config.context or None,
     inert=tuple(config.inert.split(',')),
     progress=progress,
@@ -206,6 +250,7 @@ def open_lab(config, *, progress=None) -> Lab:
   apply, unembed = decoder.functions(
     loaded.config, dtype=dtype, attend=config.attend or None
   )
+  apply = sharding.by_rows(apply, mesh)
   model = dataclasses.replace(loaded, apply=apply, unembed=unembed)
   today = datetime.date.fromisoformat(config.today)
   chat = Chat(
@@ -215,21 +260,12 @@ def open_lab(config, *, progress=None) -> Lab:
     variables={'strftime_now': today.strftime},
   )
   size = config.rollout
-  return Lab(model, chat, size.batch, size.temperature, dtype)
+  return Lab(model, chat, size.batch, size.temperature, dtype, mesh)
 
 
 def band(config, layers: int) -> tuple[int, int]:
   """The capped layers, from shares of the depth."""
   return round(config.cap.first * layers), round(config.cap.last * layers)
-
-
-_apart = jax.jit(trees.unstack_layers)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _unstack(params, dtype):
-  cast = jax.tree.map(lambda x: x.astype(dtype), params)
-  return trees.unstack_layers({'params': cast})['params']
 
 
 def _by_line(values, seen, dialogue):

@@ -54,11 +54,6 @@ class Learner:
   """An algorithm on a model, compiled for one shape of rollouts."""
 
   def __init__(self, lab: Lab, config):
-    if jax.process_count() > 1:
-      raise ValueError(
-        f'training runs in one process, and here are {jax.process_count()}; '
-        'start it on one host.'
-      )
     rl = config.rl
     self._lab, self._rl = lab, rl
     self._temperature = config.rollout.temperature
@@ -76,8 +71,7 @@ class Learner:
     if any(settings(x).get('kl') for x in parts) or PROCESS in self._needs:
       self._needs.add(REFERENCE)
     self.trained = trained.of(lab, config)
-    shape = sharding.mesh_shape(config.mesh) if config.mesh else None
-    self.mesh = sharding.make_mesh(shape)
+    self.mesh = lab.mesh
     model = decoder.functions(
       lab.model.config,
       dtype=jnp.dtype(config.dtype),

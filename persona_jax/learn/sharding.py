@@ -77,9 +77,37 @@ def state_shardings(state, mesh: Mesh, rules=RULES):
   return trees.shardings(state, mesh, rules)
 
 
+def row_ways(mesh: Mesh) -> int:
+  """Parts that the rows of a batch lie in."""
+  return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Rows over all of `ROWS`."""
   return NamedSharding(mesh, P(ROWS))
+
+
+def share(mesh: Mesh) -> tuple[int, int]:
+  """`(part, parts)`: which of how many equal parts of a batch are here."""
+  order = [*ROWS, *(axis for axis in AXES if axis not in ROWS)]
+  devices = mesh.devices.transpose([AXES.index(axis) for axis in order])
+  owners = np.vectorize(lambda device: device.process_index)(devices)
+  return part(owners.reshape(row_ways(mesh), -1), jax.process_index())
+
+
+def part(owners: np.ndarray, process: int) -> tuple[int, int]:
+  """`share`, where copy c of row block w lies on the process `owners[w, c]`.
+
+  Processes that hold the same rows have the same part. Where the rows do not
+  fall into equal parts, all of them are one.
+  """
+  held = {
+    p: tuple(np.flatnonzero((owners == p).any(1))) for p in set(owners.flat)
+  }
+  parts = sorted(set(held.values()))
+  if len({len(x) for x in parts}) > 1 or len(sum(parts, ())) > len(owners):
+    return 0, 1
+  return parts.index(held[process]), len(parts)
 
 
 def by_rows(apply: Callable, mesh: Mesh) -> Callable:
@@ -88,12 +116,14 @@ def by_rows(apply: Callable, mesh: Mesh) -> Callable:
   Left alone, XLA may follow the weights instead and spread the features: then
   every device holds all rows, and activations are summed over the mesh. Tokens
   of a row lie over sequence, and the heads of a cache over tensor, where they
-  divide.
+  divide. On one device it is `apply` itself; one row alone is read by all.
 
   Raises:
     ValueError: when called, if the rows do not divide over the mesh.
   """
-  ways = math.prod(mesh.shape[axis] for axis in ROWS)
+  if mesh.size == 1:
+    return apply
+  ways = row_ways(mesh)
 
   def where(x, axis):
     divides = x.shape[1] % mesh.shape[axis] == 0
@@ -108,19 +138,25 @@ def by_rows(apply: Callable, mesh: Mesh) -> Callable:
   def placed(cache):
     if cache is None:
       return None
-    keys, values = jax.tree.map(by_heads, (cache.keys, cache.values))
+    apart = isinstance(cache.keys, tuple)
+    by_layers = by_heads if apart else jax.vmap(by_heads)
+    keys, values = jax.tree.map(by_layers, (cache.keys, cache.values))
     return cache.replace(keys=keys, values=values)
 
   def apply_by_rows(variables, tokens, positions, cache=None, **keywords):
+    if tokens.shape[0] == 1:
+      return apply(variables, tokens, positions, cache, **keywords)
     if tokens.shape[0] % ways:
       raise ValueError(
         f'{tokens.shape[0]} rows do not divide over the {ways} ways of '
         f'{", ".join(ROWS)}; change the batch, the microbatches or the mesh.'
       )
     cache = placed(cache)
-    hidden, cache = apply(
-      variables, place(tokens), place(positions), cache, **keywords
-    )
+    found = apply(variables, place(tokens), place(positions), cache, **keywords)
+    if keywords.get('mutable'):
+      (hidden, cache), kept = found
+      return (place(hidden), placed(cache)), kept
+    hidden, cache = found
     return place(hidden), placed(cache)
 
   return apply_by_rows
