@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from persona_jax import metrics, trees
+from persona_jax import metrics, processes, trees
 
 TERMINATED = 128 + signal.SIGTERM  # the exit status of who was told to end
 
@@ -71,15 +71,19 @@ class Checkpoints:
     """
     self._manager.wait_until_finished()
     for step in self.steps:
+      found, said = None, 'another process cannot read its part'
       try:
-        return self._read(step, like)
+        found = self._read(step, like)
       except Exception as error:  # whatever orbax says of a broken file
-        said = ' '.join(str(error).split())[:200]
-        warnings.warn(
-          f'the checkpoint {self.folder / str(step)} cannot be read '
-          f'({type(error).__name__}: {said}); the one before it is taken.',
-          stacklevel=2,
-        )
+        said = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+      if not processes.any_of(found is None):
+        self.last = step
+        return found
+      warnings.warn(
+        f'the checkpoint {self.folder / str(step)} cannot be read ({said}); '
+        'the one before it is taken.',
+        stacklevel=2,
+      )
     if not self.steps:
       return None
     raise ValueError(
@@ -107,7 +111,6 @@ class Checkpoints:
     differ = [name for name, x in now.items() if sums.get(name) != x]
     if differ:
       raise ValueError(f'the bits of {differ[0]} are not those that were saved')
-    self.last = step
     return Found(step, found.state, record)
 
 
@@ -116,12 +119,14 @@ class Guard:
 
   The signal may come while the main thread waits for a device, when Python
   runs no handler: a thread of its own waits for it, and ends the process.
-  `offer` what may be saved; while it is `changing()` nothing is.
+  `offer` what may be saved; while it is `changing()` nothing is. Of several
+  processes each has a part of the state, so that they save together, where
+  they next `heed` that one of them was told to end.
   """
 
   def __init__(self, saved: Checkpoints):
     self._saved, self._offered = saved, None
-    self._lock = threading.Lock()
+    self._lock, self._told = threading.Lock(), False
 
   def offer(self, step: int, state: Any, record: dict):
     """What to save from now on."""
@@ -133,6 +138,12 @@ class Guard:
     with self._lock:
       self._offered = None
       yield
+
+  def heed(self):
+    """Between the parts of a step: the end, if one of several was told to."""
+    if jax.process_count() > 1 and processes.any_of(self._told):
+      self.save()
+      raise SystemExit(TERMINATED)
 
   def settle(self, step: int, *, every: int, last: int):
     """Saves where it is time."""
@@ -171,6 +182,9 @@ class Guard:
   def _wait(self):
     while (told := os.read(self._reads, 1)) != _OVER:
       if told and told[0] == signal.SIGTERM:
+        self._told = True
+        if jax.process_count() > 1:
+          continue
         with self._lock:
           self._write()
           self._saved.close()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from persona_jax import data, metrics, rewards
+from persona_jax import data, metrics, processes, rewards
 from persona_jax import dialogue as dialogues
 from persona_jax.activations import edits
 from persona_jax.analysis import calibration, health
@@ -242,7 +242,7 @@ def _scored(lab, judge, dialogue: Dialogue, advance):
   rows = dialogue.tokens.shape[0]
   for part in batches(rows, lab.batch):
     some = dialogues.rows(dialogue, lambda x, p=part: fill(x[p], lab.batch))
-    scores = lab.score(judge, some)
-    found.append(np.asarray(scores)[: part.stop - part.start])
+    scores = np.asarray(processes.here(lab.score(judge, some)))
+    found.append(scores[: part.stop - part.start])
     advance(part.stop - part.start)
   return np.concatenate(found)

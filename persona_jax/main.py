@@ -93,9 +93,20 @@ def read_words(
   return plain, options, fields
 
 
-def parse_study(words: list[str], workdir: str = 'runs/study'):
-  """`(config, options)` of the words that follow `study` or `train`."""
-  defaults = {'config': 'study', 'workdir': workdir, 'quiet': False}
+def parse_study(words: list[str]):
+  """`(config, options)` of the words that follow `study`."""
+  return _parse_run(
+    words, {'config': 'study', 'workdir': 'runs/study', 'quiet': False}
+  )
+
+
+def parse_train(words: list[str]):
+  """`(config, options)` of the words that follow `train`."""
+  defaults = {'config': 'study', 'workdir': 'runs/train', 'quiet': False}
+  return _parse_run(words, defaults | {'distributed': False})
+
+
+def _parse_run(words, defaults):
   plain, options, fields = read_words(words, defaults, free='config.')
   if plain:
     raise ValueError(f'unexpected {plain[0]!r}; flags look like --name=value.')
@@ -215,11 +226,17 @@ def _study(job):
 def _train(job):
   from rich.console import Console
 
-  from persona_jax import study
+  from persona_jax import processes
 
   config, options = job
+  if options['distributed']:
+    processes.join()
+  from persona_jax import study
+
   _compile_cache()
   done = study.train_only(config, options['workdir'], quiet=options['quiet'])
+  if not processes.first():
+    return
   last = done['steps'][-1]
   console = Console()
   for name, value in last.items():
@@ -260,8 +277,9 @@ PROGRAMS = {
     (
       '[--config=FILE[:arg]] [--workdir=DIR] [--quiet]',
       '[--config.rl.algorithm=ppo] [--config.rl.loss.clip=0.1 ...]',
+      '[--distributed]',
     ),
-    lambda words: parse_study(words, 'runs/train'),
+    parse_train,
     _train,
   ),
   'models': Program(

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from persona_jax import processes
+
 
 @contextlib.contextmanager
 def progress(title: str, total: int, *, quiet: bool = False):
-  """A bar; yields `advance(count=1)`."""
-  if quiet:
+  """A bar; yields `advance(count=1)`. The first process has it."""
+  if quiet or not processes.first():
     yield lambda count=1: None
     return
   from rich import progress as bars
@@ -34,12 +36,15 @@ class Scribe:
 
   Steps after the first `done` that an earlier start has written are dropped, as
   they are taken again. With `wandb` in the environment variable
-  `PERSONA_JAX_METRICS`, Weights & Biases is told too.
+  `PERSONA_JAX_METRICS`, Weights & Biases is told too. Of several processes the
+  first writes.
   """
 
   def __init__(self, folder: Path, done: int = 0):
     self._path, self._folder = folder / 'metrics.jsonl', folder
-    self._done = done
+    self._done, self._writes = done, processes.first()
+    if not self._writes:
+      return
     lines = []
     if self._path.exists():
       lines = self._path.read_text(encoding='utf-8').splitlines()[:done]
@@ -47,6 +52,8 @@ class Scribe:
     replace(self._path, lambda fresh: fresh.write_text(text, encoding='utf-8'))
 
   def __enter__(self):
+    if not self._writes:
+      return self
     from tensorboardX import SummaryWriter
 
     self._board = SummaryWriter(
@@ -56,12 +63,16 @@ class Scribe:
     return self
 
   def __exit__(self, *_):
+    if not self._writes:
+      return
     self._board.close()
     if self._wandb is not None:
       self._wandb.finish()
 
   def write(self, record: dict, texts: list[list[str]] = ()):
     """One step: its numbers, and some of its dialogues in words."""
+    if not self._writes:
+      return
     record = plain(record)
     step = record['step']
     with self._path.open('a', encoding='utf-8') as file:

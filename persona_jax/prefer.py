@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from persona_jax import batches, learn
@@ -11,6 +12,7 @@ from persona_jax.batches import Encoded
 from persona_jax.checkpoint import Checkpoints, Guard
 from persona_jax.feed import Feed
 from persona_jax.lab import Lab
+from persona_jax.learn import sharding
 from persona_jax.learn.algorithms import ANCHOR
 from persona_jax.learner import Learner
 from persona_jax.metrics import Scribe
@@ -39,10 +41,13 @@ def run(
   """
   rl = config.rl
   learner = Learner(lab, config)
+  part, parts = sharding.share(lab.mesh)
   feed = Feed(
     read(lab, config, shuffle=shuffle),
     batch=config.rollout.batch,
     seed=config.seed,
+    process=part,
+    processes=parts,
   )
   states, log, place = learner.init(), [], feed.get_state()
   saved, rows = Checkpoints(folder), np.arange(config.rollout.batch)
@@ -58,7 +63,8 @@ def run(
       keep = lambda states, step=step, place=place: guard.offer(
         step, states, {'log': log, 'feed': place}
       )
-      batch, others = _arrays(config, next(feed))
+      guard.heed()
+      batch, others = _arrays(lab, config, next(feed))
       with guard.changing():
         batch = learner.given(states, batch, others)
         states, told = learner.learn(
@@ -118,12 +124,27 @@ def _spoilt(rows: list[Encoded], seed: int) -> list[Encoded]:
   return [b if w else a for a, b, w in zip(rows, others, wrong, strict=True)]
 
 
-def _arrays(config, rows):
-  """A batch of rows, and one of their prompts with replies to others."""
+def _arrays(lab, config, rows):
+  """A batch of rows, and one of their prompts with replies to others.
+
+  Each process gives its own rows of it.
+  """
   size = config.rollout
   room = {'prompt_tokens': size.prompt_tokens, 'reply_tokens': size.tokens}
   replies = learn.PREFERENCES[config.rl.algorithm].replies
-  make = lambda rows: batches.to_batch(rows, **room, replies=replies)
+
+  def make(rows):
+    batch = batches.to_batch(rows, **room, replies=replies)
+    if jax.process_count() == 1:
+      return batch
+    where = sharding.batch_sharding(lab.mesh)
+    return jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(
+        where, np.asarray(x), (size.batch, *x.shape[1:])
+      ),
+      batch,
+    )
+
   own = make([row.own for row in rows])
   if rows[0].other is None:
     return own, own

@@ -17,17 +17,19 @@ import jax
 from persona_jax import (
   answer,
   axis,
+  checks,
   data,
   evaluate,
   lab,
   learn,
   metrics,
   prefer,
+  processes,
   report,
   train,
 )
 from persona_jax import workdir as owned
-from persona_jax.activations import Directions, calibration
+from persona_jax.activations import Directions
 from persona_jax.analysis.calibration import Calibration
 from persona_jax.learn.algorithms import numbered, settings
 from persona_jax.text import corpus
@@ -37,8 +39,15 @@ def run(config, workdir, *, quiet: bool = False) -> dict:
   """Runs every phase that `workdir` does not hold yet; returns the results.
 
   Raises:
-    ValueError: the config is out of range, or the workdir is another's.
+    ValueError: the config is out of range, the workdir is another's, or there
+      are several processes.
   """
+  if jax.process_count() > 1:
+    raise ValueError(
+      f'a study runs in one process, and here are {jax.process_count()}; '
+      'train by persona-jax train --distributed, then run the study of the '
+      'same workdir on one host.'
+    )
   study = _opened(config, workdir, quiet)
   for phase in study.phases:
     study.done(phase)
@@ -59,59 +68,10 @@ def train_only(config, workdir, *, quiet: bool = False) -> dict:
 
 def _opened(config, workdir, quiet):
   """The study of a workdir, the config checked and the folder its own."""
-  check(config)
+  checks.check(config)
   workdir = Path(workdir)
   owned.claim(workdir, config)
   return Study(config, workdir, quiet)
-
-
-def check(config):
-  """Refuses sizes that cannot be run, before anything is loaded.
-
-  Raises:
-    ValueError: names the field, its value and the rule.
-  """
-  rules = {
-    'rollout.lines': (config.rollout.lines, 2),
-    'rl.lines': (config.rl.lines, 2),
-    'rollout.tokens': (config.rollout.tokens, 1),
-    'rollout.batch': (config.rollout.batch, 1),
-    'evaluation.dialogues': (config.evaluation.dialogues, 2),
-    'rl.group': (config.rl.group, 2 if _compares(config) else 1),
-    'space.roles': (config.space.roles, 3),
-    'judges.lines': (config.judges.lines, 2),
-  }
-  for field, (value, least) in rules.items():
-    if value < least:
-      raise ValueError(f'{field}={value} is too small; give {least} or more.')
-  if config.rollout.batch % config.rl.group:
-    raise ValueError(
-      f'rollout.batch={config.rollout.batch} does not divide into groups of '
-      f'rl.group={config.rl.group}.'
-    )
-  algorithms = learn.ALGORITHMS | learn.PREFERENCES
-  known = {
-    'cap.hold': (config.cap.hold, calibration.SIDES),
-    'rl.algorithm': (config.rl.algorithm, tuple(algorithms)),
-    'dtype': (config.dtype, ('float32', 'bfloat16')),
-  }
-  for field, (value, choices) in known.items():
-    if value not in choices:
-      raise ValueError(f'{field}={value!r} is unknown; give one of {choices}.')
-  algorithm = algorithms[config.rl.algorithm]
-  for part in {'advantage', 'loss'} & set(algorithm._fields):
-    numbered(getattr(algorithm, part), config.rl[part].to_dict())
-  if not 0 <= config.cap.first < config.cap.last <= 1:
-    raise ValueError(
-      f'cap.first={config.cap.first}, cap.last={config.cap.last}: the band '
-      'needs 0 <= first < last <= 1, as shares of the depth.'
-    )
-
-
-def _compares(config) -> bool:
-  """Whether the algorithm compares the dialogues of a scenario."""
-  row = learn.ALGORITHMS.get(config.rl.algorithm)
-  return row is not None and row.group
 
 
 class Study:
@@ -133,12 +93,15 @@ class Study:
   def done(self, phase: str) -> dict:
     """The record of a phase, from disk or by running it now."""
     path = self.workdir / f'{phase}.json'
-    if not path.exists():
+    read = lambda: metrics.read_json(path) if path.exists() else None
+    record = processes.told(read)
+    if record is None:
       began = time.monotonic()
       record = self.phases[phase]()
       record['seconds'] = time.monotonic() - began
-      metrics.write_json(path, record)
-    return metrics.read_json(path)
+      if processes.first():
+        metrics.write_json(path, record)
+    return metrics.plain(record)
 
   def bar(self, title, total):
     return metrics.progress(title, total, quiet=self.quiet)

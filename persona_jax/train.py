@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from persona_jax import data, evaluate, rewards
+from persona_jax import data, evaluate, processes, rewards
 from persona_jax.checkpoint import Checkpoints, Guard
 from persona_jax.dialogue import POLICY, Dialogue
 from persona_jax.lab import Lab
@@ -54,7 +54,10 @@ def run(
     for step in range(len(log), rl.steps):
       began = time.monotonic()
       said = _rollout(lab, config, learner, step, states.policy.params)
-      values, told = _judged(lab, terms, said)
+      guard.heed()
+      words = processes.here(said)
+      values, told = _judged(lab, terms, said, words.spoken(POLICY))
+      guard.heed()
       if shuffle:
         key = jax.random.fold_in(jax.random.key(config.seed), 4)
         key = jax.random.fold_in(key, step)
@@ -71,9 +74,9 @@ def run(
             step, states, {'log': log}
           ),
         )
-        log.append(_record(lab, step, said, told | learned, began))
+        log.append(_record(lab, step, words, told | learned, began))
         guard.offer(step + 1, states, {'log': log})
-      scribe.write(log[-1], data.texts(lab.chat, said))
+      scribe.write(log[-1], data.texts(lab.chat, words))
       guard.settle(step + 1, every=rl.save_every, last=rl.steps)
       advance(1)
   return finished(lab, learner, states, log, folder)
@@ -83,8 +86,9 @@ def finished(lab, learner, states, log, folder) -> Result:
   """The result of a run; an adapter is left for PEFT too."""
   policy = learner.trained.policy(states.policy.params)
   if adapter_file.fits(lab.model.config) and 'lora' in policy:
-    if not (folder / 'adapter').exists():
-      adapter_file.save(policy['lora'], lab.model, folder / 'adapter')
+    adapter, place = processes.here(policy['lora']), folder / 'adapter'
+    if processes.first() and not place.exists():
+      adapter_file.save(adapter, lab.model, place)
   return Result(policy, log)
 
 
@@ -112,23 +116,27 @@ def _rollout(lab: Lab, config, learner, step: int, params) -> Dialogue:
   )
 
 
-def _judged(lab, terms, said):
+def _judged(lab, terms, said, spoken):
   """The weighted reward `[B N]` and the mean of each term over lines."""
-  spoken = np.asarray(said.spoken(POLICY))
+  spoken = np.asarray(spoken)
   total, metrics = 0.0, {}
   for name, (weight, reward) in terms.items():
     values = lab.score(reward, said)
-    metrics[f'reward/{name}'] = float(np.asarray(values)[spoken].mean())
+    metrics[f'reward/{name}'] = _mean(values, spoken)
     total = total + weight * values
-  finite = np.isfinite(np.asarray(total))
+  finite = np.isfinite(np.asarray(processes.here(total)))
   if not finite.all():
     row, line = np.argwhere(~finite)[0]
     raise FloatingPointError(
       f'the reward of dialogue {row}, line {line} is not finite; look at '
       f'the judges of {sorted(terms)}.'
     )
-  metrics['reward'] = float(np.asarray(total)[spoken].mean())
+  metrics['reward'] = _mean(total, spoken)
   return total, metrics
+
+
+def _mean(values, spoken):
+  return float(np.asarray(processes.here(values))[spoken].mean())
 
 
 def _record(lab, step, said, metrics, began):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from persona_jax import metrics
+from persona_jax import metrics, processes
 
 
 def claim(workdir: Path, config):
@@ -11,12 +11,9 @@ def claim(workdir: Path, config):
   Raises:
     ValueError: the workdir belongs to another config; names the fields.
   """
-  path = workdir / 'config.json'
   mine = metrics.plain(config.to_dict())
-  if not path.exists():
-    metrics.write_json(path, mine)
-    return
-  theirs, mine = _flat(metrics.read_json(path)), _flat(mine)
+  theirs = processes.told(lambda: _kept(workdir / 'config.json', mine))
+  theirs, mine = _flat(theirs), _flat(mine)
   differ = [
     f'{name} ({theirs.get(name)} there, {mine.get(name)} here)'
     for name in sorted(set(theirs) | set(mine))
@@ -27,6 +24,13 @@ def claim(workdir: Path, config):
       f'{workdir} belongs to another config: {"; ".join(differ)}. Name '
       'another --workdir, or give the same config.'
     )
+
+
+def _kept(path, mine):
+  """The config that is kept at `path`, by now at least."""
+  if not path.exists():
+    metrics.write_json(path, mine)
+  return metrics.read_json(path)
 
 
 def _flat(record, prefix=''):

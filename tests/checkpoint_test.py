@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from persona_jax.checkpoint import TERMINATED, Checkpoints, Guard
+from persona_jax.learn import sharding
 
 # Of what it was reading when a file broke, orbax leaves tasks that end unheard.
 pytestmark = pytest.mark.filterwarnings(
@@ -225,3 +226,23 @@ def test_while_it_changes_nothing_is_saved(tmp_path):
     with guard.changing():  # its memory may be used again
       raise FloatingPointError
   assert Checkpoints(tmp_path).steps == []
+
+
+@pytest.mark.devices
+def test_a_checkpoint_comes_back_on_another_mesh(tmp_path):
+  def spread(seed, shape):
+    mesh = sharding.make_mesh(shape)
+    leaves = state(seed)
+    kernel = jnp.stack([leaves['params']['kernel']] * 2)
+    params = {'layers': {'attn': {'o': {'kernel': kernel}}}}
+    params['narrow'] = leaves['narrow']
+    return sharding.init_sharded(lambda x: x, mesh, params)
+
+  saved = Checkpoints(tmp_path)
+  saved.save(1, spread(1, {'fsdp': 8}), {})
+  saved.close()
+  like = spread(0, {'data': 2, 'fsdp': 2, 'tensor': 2})
+  found = Checkpoints(tmp_path).restore(like)
+  chex.assert_trees_all_equal(found.state, spread(1, {'fsdp': 8}))
+  place = lambda x: x.sharding
+  assert jax.tree.map(place, found.state) == jax.tree.map(place, like)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import socket
 import subprocess
@@ -15,8 +16,9 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import multihost_utils
+from study_test import config, folder  # noqa: F401 (fixtures)
 
-from persona_jax import learn, rollout, trees
+from persona_jax import learn, processes, rollout, trees
 from persona_jax.learn import losses, sharding
 from persona_jax.models import cache
 
@@ -192,3 +194,86 @@ def test_two_processes_learn_what_one_device_learns(tmp_path):
       np.testing.assert_allclose(
         got[name], leaf, atol=1e-5, rtol=1e-4, err_msg=name
       )
+
+
+def test_half_of_the_variables_is_an_error(monkeypatch):
+  monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
+  with pytest.raises(
+    ValueError, match='JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID'
+  ):
+    processes.join()
+
+
+def test_alone_there_is_nothing_to_join():
+  command = [sys.executable, '-m', 'persona_jax.main', 'train', '--distributed']
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 1
+  assert 'nothing says which processes there are' in done.stderr
+  assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ('owners', 'want'),
+  [
+    ([[0], [0]], [(0, 1)]),
+    ([[0], [0], [1], [1]], [(0, 2), (1, 2)]),
+    ([[0], [1], [0], [1]], [(0, 2), (1, 2)]),  # rows need no order
+    ([[0, 1], [0, 1]], [(0, 1), (0, 1)]),  # tensor over processes: same rows
+    ([[0, 1], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ([[0], [0], [1]], [(0, 1), (0, 1)]),  # no equal parts
+    ([[0, 1], [1, 2], [2, 0]], [(0, 1)] * 3),  # that overlap
+  ],
+)
+def test_processes_share_the_rows_of_a_batch(owners, want):
+  owners = np.array(owners)
+  assert [sharding.part(owners, p) for p in range(len(want))] == want
+
+
+def train(place, model, count, *words):
+  """The processes of one `persona-jax train`, four devices together."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  several = {
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={4 // count}',
+    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+    'JAX_NUM_PROCESSES': str(count),
+  }
+  command = [
+    *(sys.executable, '-m', 'persona_jax.main', 'train', '--quiet'),
+    *('--config=study:tiny', f'--config.model={model}'),
+    *(f'--workdir={place}', '--distributed', *words),
+  ]
+  return [
+    subprocess.Popen(
+      command,
+      env=os.environ | several | {'JAX_PROCESS_ID': str(rank)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for rank in range(count)
+  ]
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize('algorithm', ['grpo', 'dpo'])
+def test_two_processes_train_as_one_does(config, tmp_path, algorithm):  # noqa: F811
+  words = [f'--config.rl.algorithm={algorithm}', '--config.rl.adapter.rank=2']
+  logs = []
+  for count in (1, 2):
+    place = tmp_path / str(count)
+    said = []
+    for process in train(place, config.model, count, *words):
+      out, errors = process.communicate(timeout=600)
+      assert process.returncode == 0, errors[-2000:]
+      said.append(out)
+    assert 'loss' in said[0] and not any(said[1:])  # the first one tells
+    assert (place / 'policies' / 'rl' / 'adapter').is_dir()
+    lines = (place / 'policies' / 'rl' / 'metrics.jsonl').read_text()
+    logs.append([json.loads(line) for line in lines.splitlines()])
+  for one, two in zip(*logs, strict=True):
+    assert set(one) == set(two)
+    for name in set(one) - {'seconds'}:
+      assert two[name] == pytest.approx(one[name], rel=1e-2, abs=1e-4), name

@@ -1,7 +1,10 @@
 """A run that is killed goes on with the same numbers, bit for bit."""
 
+import contextlib
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,9 +17,13 @@ from persona_jax.checkpoint import TERMINATED
 
 STEPS = 4
 PROGRAM = """
-import sys
-import jax, jax.numpy as jnp, numpy as np
+import os, sys
 from pathlib import Path
+from persona_jax import processes
+
+if 'JAX_PROCESS_ID' in os.environ:
+  processes.join()
+import jax, jax.numpy as jnp, numpy as np
 from persona_jax import lab, main, train, trees
 from persona_jax.models.source import cache_folder
 
@@ -32,22 +39,48 @@ taste = lambda dialogue: jnp.mean(dialogue.tokens % 7, axis=2)
 terms = {'taste': (1.0, jax.tree_util.Partial(taste))}
 opened, silent = lab.open_lab(config), lambda count=1: None
 result = train.run(opened, config, terms, Path(folder), advance=silent)
-np.savez(folder + '.npz', **trees.flatten(result.policy['params']))
+params = processes.here(trees.flatten(result.policy['params']))
+if processes.first():
+  np.savez(folder + '.npz', **params)
 """.replace('STEPS', str(STEPS))
 
 
-def start(model, algorithm, place):
+@contextlib.contextmanager
+def started(count, model, algorithm, place):
+  """`count` processes of one run; none of them outlives the block."""
   command = [sys.executable, '-c', PROGRAM, model, algorithm, place]
-  return subprocess.Popen(
-    list(map(str, command)), stderr=subprocess.PIPE, text=True
-  )
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    port = free.getsockname()[1]
+  several = {
+    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+    'JAX_NUM_PROCESSES': str(count),
+    'XLA_FLAGS': '',  # a device each
+  }
+  children = []
+  for rank in range(count):
+    own = several | {'JAX_PROCESS_ID': str(rank)} if count > 1 else {}
+    child = subprocess.Popen(
+      list(map(str, command)),
+      env=os.environ | own,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    children.append(child)
+  try:
+    yield children
+  finally:
+    for child in children:
+      child.kill()
+      child.communicate()
 
 
-def whole(model, algorithm, place):
+def whole(count, model, algorithm, place):
   """A run to its end: its log without times, and the parameters."""
-  with start(model, algorithm, place) as child:
-    errors = child.communicate()[1]
-  assert child.returncode == 0, errors[-2000:]
+  with started(count, model, algorithm, place) as children:
+    for child in children:
+      errors = child.communicate(timeout=600)[1]
+      assert child.returncode == 0, errors[-2000:]
   lines = (place / 'metrics.jsonl').read_text().splitlines()
   log = [json.loads(line) for line in lines]
   for record in log:
@@ -63,37 +96,47 @@ def assert_same(got, want):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('algorithm', ['ppo', 'prime'])
-def test_killed_at_any_moment_it_ends_the_same(config, tmp_path, algorithm):  # noqa: F811
-  want = whole(config.model, algorithm, tmp_path / 'whole')
+@pytest.mark.parametrize(
+  ('count', 'algorithm'), [(1, 'ppo'), (1, 'prime'), (2, 'grpo')]
+)
+def test_killed_at_any_moment_it_ends_the_same(
+  config,  # noqa: F811
+  tmp_path,
+  count,
+  algorithm,
+):
+  run = count, config.model, algorithm
+  want = whole(*run, tmp_path / 'whole')
   began = time.monotonic()
-  whole(config.model, algorithm, tmp_path / 'timed')  # compiled by now
+  whole(*run, tmp_path / 'timed')  # compiled by now
   length = time.monotonic() - began
   rng = np.random.default_rng(0)
   kills = 0
   for i in range(5):
     place = tmp_path / f'killed{i}'
     for _ in range(2):
-      with start(config.model, algorithm, place) as child:
+      with started(*run, place) as children:
         try:
-          child.wait(timeout=rng.uniform(0.2, 1) * length)
+          children[0].wait(timeout=rng.uniform(0.2, 1) * length)
         except subprocess.TimeoutExpired:
-          child.kill()
           kills += 1
-    assert_same(whole(config.model, algorithm, place), want)
+    assert_same(whole(*run, place), want)
   assert kills > 5
 
 
 @pytest.mark.slow
-def test_told_to_end_it_saves_and_ends_the_same(config, tmp_path):  # noqa: F811
-  want = whole(config.model, 'grpo', tmp_path / 'whole')
+@pytest.mark.parametrize('count', [1, 2])
+def test_told_to_end_it_saves_and_ends_the_same(config, tmp_path, count):  # noqa: F811
+  run = count, config.model, 'grpo'
+  want = whole(*run, tmp_path / 'whole')
   place = tmp_path / 'told'
-  with start(config.model, 'grpo', place) as child:
+  with started(*run, place) as children:
     while not (place / 'metrics.jsonl').exists() or (
       not (place / 'metrics.jsonl').read_text()
     ):
       time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
-    errors = child.communicate(timeout=30)[1]
-  assert child.returncode in (TERMINATED, 0), errors[-2000:]
-  assert_same(whole(config.model, 'grpo', place), want)
+    children[-1].send_signal(signal.SIGTERM)  # any one of them
+    for child in children:
+      errors = child.communicate(timeout=60)[1]
+      assert child.returncode in (TERMINATED, 0), errors[-2000:]
+  assert_same(whole(*run, place), want)

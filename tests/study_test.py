@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from persona_jax import (
+  checks,
   lab,
   learn,
   main,
@@ -414,14 +415,14 @@ def test_numbers_that_an_algorithm_does_not_have(field, value, match):
   config = main.load_config('study:tiny')
   with pytest.raises(ValueError, match=match):
     main.override(config, field, value)
-    study.check(config)
+    checks.check(config)
 
 
 def test_numbers_of_an_algorithm_are_read_as_numbers():
   config = main.load_config('study:tiny')
   main.override(config, 'rl.loss.clip_high', '0.3')
   main.override(config, 'rl.advantage.whole', 'true')
-  study.check(config)
+  checks.check(config)
   assert config.rl.loss.clip_high == 0.3 and config.rl.advantage.whole is True
   with pytest.raises(ValueError, match="'abc' is no number; give one, or true"):
     main.override(config, 'rl.loss.clip_low', 'abc')
