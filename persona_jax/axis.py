@@ -68,6 +68,7 @@ def answers(lab: Lab, wanted: list[Asked], config, key, advance):
       fill(np.arange(rows.start, rows.stop), lab.batch),
       jnp.arange(lab.batch) < count,
       tokens=config.tokens,
+      **lab.plan,
     )
     means = lab.pooled(lab.base, *said.joined())
     pooled.append(np.moveaxis(np.asarray(means), 0, 1)[:count])

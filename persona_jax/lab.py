@@ -156,6 +156,11 @@ class Lab:
     """`rollout.reply`, compiled; `tokens` is static."""
     return jax.jit(rollout.reply, static_argnames=rollout.STATIC)
 
+  @property
+  def plan(self) -> dict:
+    """How rollouts are computed: on a mesh, each way has its own dialogues."""
+    return {'groups': sharding.row_ways(self.mesh)}
+
   @functools.cached_property
   def pooled(self):
     """`(variables, tokens, positions, mask) -> [L B D]`, compiled."""
@@ -215,6 +220,7 @@ class Lab:
       scenario,
       lines=lines,
       tokens=tokens,
+      **self.plan,
     )
 
 

@@ -269,7 +269,7 @@ def test_two_processes_train_as_one_does(config, tmp_path, algorithm):  # noqa: 
       out, errors = process.communicate(timeout=600)
       assert process.returncode == 0, errors[-2000:]
       said.append(out)
-    assert 'loss' in said[0] and not any(said[1:])  # the first one tells
+    assert ['loss' in x for x in said] == [True, False][:count]
     assert (place / 'policies' / 'rl' / 'adapter').is_dir()
     lines = (place / 'policies' / 'rl' / 'metrics.jsonl').read_text()
     logs.append([json.loads(line) for line in lines.splitlines()])
