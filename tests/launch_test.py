@@ -1,0 +1,119 @@
+"""The launchers start what they say, pass signals on and end."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / 'launch'
+SCRIPTS = sorted([*LAUNCH.glob('*.sh'), *LAUNCH.glob('*.sbatch')])
+FAKE = f"""#!{sys.executable} -SE
+import os, signal, sys, time
+
+def told(which, _):
+  os.write(1, b'told %d' % which)  # print may be what is interrupted
+  sys.exit(128 + which)
+
+signal.signal(signal.SIGTERM, told)
+signal.signal(signal.SIGINT, told)
+rank = os.environ['JAX_PROCESS_ID']
+if os.environ.get('DEAF') == rank:
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+shown = 'JAX_NUM_PROCESSES', 'JAX_COORDINATOR_ADDRESS', 'XLA_FLAGS'
+print(rank, *(os.environ.get(name) for name in shown), sys.argv[1:], flush=True)
+if os.environ.get('FAILS') == rank:
+  time.sleep(0.3)
+  sys.exit(7)
+time.sleep(float(os.environ.get('NAP', 0)))
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+  """Starts `local.sh` with a fake persona-jax: (process, its logs)."""
+  put(tmp_path / 'persona-jax', FAKE)
+
+  def start(*words, **variables):
+    path = f'{tmp_path}:{os.environ["PATH"]}'
+    logs = tmp_path / 'logs'
+    process = subprocess.Popen(
+      [LAUNCH / 'local.sh', *words],
+      env=os.environ | {'PATH': path, 'LOGS': str(logs)} | variables,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    return process, logs
+
+  return start
+
+
+def put(path, text):
+  """A program at `path`."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+  path.chmod(0o755)
+
+
+def texts(folder, names, word):
+  """What the files of a folder say, once each has the word in it."""
+  for _ in range(200):
+    found = [p.read_text() for n in names if (p := folder / n).exists()]
+    if len(found) == len(names) and all(word in text for text in found):
+      return found
+    time.sleep(0.05)
+  raise TimeoutError(f'no {word!r} in {names}: {found}')
+
+
+@pytest.mark.parametrize('path', SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(path):
+  subprocess.run(['bash', '-n', path], check=True)
+  assert path.suffix == '.sbatch' or os.access(path, os.X_OK)
+
+
+def test_local_starts_every_rank(start):
+  process, logs = start('3', 'train', '--distributed', 'a b', DEVICES='2')
+  out, _ = process.communicate(timeout=20)
+  assert process.returncode == 0
+  said = [out, *texts(logs, ['1.log', '2.log'], 'train')]
+  flags = '--xla_force_host_platform_device_count=2'
+  ranks, addresses = [], set()
+  for text in said:
+    rank, count, address, rest = text.rstrip().split(' ', 3)
+    assert (count, rest) == ('3', f"{flags} ['train', '--distributed', 'a b']")
+    ranks.append(rank)
+    addresses.add(address)
+  assert ranks == ['0', '1', '2']
+  assert re.fullmatch(r'127\.0\.0\.1:\d+', addresses.pop()) and not addresses
+
+
+@pytest.mark.parametrize('which', [signal.SIGTERM, signal.SIGINT])
+def test_local_passes_signals_on(start, which):
+  process, logs = start('2', 'train', NAP='30')
+  process.stdout.readline()  # process 0 is there
+  texts(logs, ['1.log'], 'train')
+  process.send_signal(which)
+  out, _ = process.communicate(timeout=20)
+  assert process.returncode == 128 + which
+  assert f'told {which}' in out
+  assert f'told {which}' in (logs / '1.log').read_text()
+
+
+def test_local_ends_all_when_one_fails(start):
+  process, _ = start('3', 'train', FAILS='1', DEAF='2', NAP='30', GRACE='1')
+  out, err = process.communicate(timeout=20)
+  assert process.returncode == 7
+  assert f'told {signal.SIGTERM}' in out
+  assert 'process 1 ended with status 7' in err
+  assert 'process 2 ended with status 137' in err  # it heard nothing
+
+
+def test_local_wants_a_number(start):
+  process, _ = start('train')
+  assert 'usage' in process.communicate()[1]
+  assert process.returncode == 2
