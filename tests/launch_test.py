@@ -117,3 +117,27 @@ def test_local_wants_a_number(start):
   process, _ = start('train')
   assert 'usage' in process.communicate()[1]
   assert process.returncode == 2
+
+
+@pytest.mark.parametrize('status', [0, 1, 143])
+def test_slurm_queues_again_what_was_told_to_end(tmp_path, status):
+  put(tmp_path / 'srun', f'#!/bin/bash\necho "srun $*"\nexit {status}\n')
+  put(tmp_path / 'scontrol', '#!/bin/bash\necho "scontrol $*"\n')
+  ran = subprocess.run(
+    ['bash', LAUNCH / 'slurm.sbatch', 'train', '--distributed', 'a b'],
+    env=os.environ
+    | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'}
+    | {'SLURM_JOB_ID': '5', 'SLURM_CPUS_PER_TASK': '8'},
+    capture_output=True,
+    text=True,
+  )
+  assert ran.returncode == status
+  assert 'persona-jax train --distributed a b\n' in ran.stdout
+  assert ('scontrol requeue 5' in ran.stdout) == (status == 143)
+
+
+def test_slurm_tells_tasks_and_not_the_shell():
+  text = (LAUNCH / 'slurm.sbatch').read_text()
+  assert re.search(r'^#SBATCH --signal=TERM@\d+$', text, re.MULTILINE)
+  tasks = re.search(r'^#SBATCH --ntasks-per-node=(\d+)$', text, re.MULTILINE)
+  assert f'\n#SBATCH --gpus-per-node={tasks[1]}\n' in text
