@@ -141,3 +141,40 @@ def test_slurm_tells_tasks_and_not_the_shell():
   assert re.search(r'^#SBATCH --signal=TERM@\d+$', text, re.MULTILINE)
   tasks = re.search(r'^#SBATCH --ntasks-per-node=(\d+)$', text, re.MULTILINE)
   assert f'\n#SBATCH --gpus-per-node={tasks[1]}\n' in text
+
+
+def test_tpu_vm_starts_a_run_that_outlives_its_shell(tmp_path):
+  put(
+    tmp_path / 'gcloud',
+    '#!/bin/bash\nprintf "%s\\0" "$@" > "$(mktemp "$TOLD/XXXXXX")"\n',
+  )
+  told, host = tmp_path / 'told', tmp_path / 'host'
+  told.mkdir()
+  words = ['train', '--distributed', '--workdir=bucket/it\'s "one"']
+  subprocess.run(
+    [LAUNCH / 'tpu_vm.sh', 'slice', 'zone-a', *words],
+    env=os.environ
+    | {'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'TOLD': str(told)}
+    | {'BUCKET': 'mine'},
+    check=True,
+  )
+  calls = sorted(told.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+  calls = [path.read_text().split('\0')[:-1] for path in calls]
+  assert [call[3] for call in calls] == ['ssh', 'scp'] + ['ssh'] * 4
+  assert all('--zone=zone-a' in call for call in calls)
+  commands = [call[-1].removeprefix('--command=') for call in calls]
+  for command in commands[:1] + commands[2:]:
+    subprocess.run(['bash', '-n', '-c', command], check=True)
+
+  folder = host / 'persona-jax'
+  put(
+    folder / 'env' / 'bin' / 'persona-jax',
+    '#!/bin/bash\nprintf "%s\\n" "$@"\nexec sleep 30\n',
+  )
+  here = {'cwd': host, 'capture_output': True}
+  subprocess.run(['bash', '-c', commands[4]], **here, check=True, timeout=5)
+  [log] = texts(folder, ['log'], words[-1])
+  assert log.splitlines() == words
+  again = subprocess.run(['bash', '-c', commands[0]], **here)
+  assert again.returncode == 1 and b'a run is on' in again.stderr
+  os.kill(int((folder / 'pid').read_text()), signal.SIGTERM)
