@@ -6,9 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from math import prod
 from pathlib import Path
 
 import pytest
+import yaml
+
+from persona_jax import main
 
 LAUNCH = Path(__file__).parents[1] / 'launch'
 SCRIPTS = sorted([*LAUNCH.glob('*.sh'), *LAUNCH.glob('*.sbatch')])
@@ -178,3 +182,34 @@ def test_tpu_vm_starts_a_run_that_outlives_its_shell(tmp_path):
   again = subprocess.run(['bash', '-c', commands[0]], **here)
   assert again.returncode == 1 and b'a run is on' in again.stderr
   os.kill(int((folder / 'pid').read_text()), signal.SIGTERM)
+
+
+def test_gke_starts_what_exists():
+  jobset = yaml.safe_load((LAUNCH / 'gke.yaml').read_text())
+  name, spec = jobset['metadata']['name'], jobset['spec']
+  [job] = spec['replicatedJobs']
+  hosts = job['template']['spec']
+  pod = hosts['template']['spec']
+  [container] = pod['containers']
+  assert container['command'] == ['persona-jax']
+  program, *words = container['args']
+  _, options = main.PROGRAMS[program].parse(words)
+  assert options['distributed']
+
+  chips = container['resources']['limits']['google.com/tpu']
+  shape = pod['nodeSelector']['cloud.google.com/gke-tpu-topology']
+  assert chips * hosts['parallelism'] == prod(map(int, shape.split('x')))
+  env = {each['name']: each.get('value') for each in container['env']}
+  assert hosts['parallelism'] == hosts['completions']
+  assert env['JAX_NUM_PROCESSES'] == str(hosts['parallelism'])
+  first = f'{name}-{job["name"]}-0-0.{spec["network"]["subdomain"]}'
+  port = container['ports'][0]['containerPort']
+  assert env['JAX_COORDINATOR_ADDRESS'] == f'{first}:{port}'
+  assert 'JAX_PROCESS_ID' in env
+
+  [mount] = container['volumeMounts']
+  assert options['workdir'].startswith(mount['mountPath'])
+  [saved, taken] = hosts['podFailurePolicy']['rules']
+  assert saved['onExitCodes']['values'] == [128 + signal.SIGTERM]
+  assert saved['onExitCodes']['containerName'] == container['name']
+  assert {saved['action'], taken['action']} == {'FailJob'}
