@@ -70,7 +70,7 @@ class Learner:
       parts.append(self._advantage)
     if any(settings(x).get('kl') for x in parts) or PROCESS in self._needs:
       self._needs.add(REFERENCE)
-    self.trained = trained.of(lab, config)
+    self.trained = trained.of(lab.model, config)
     self.mesh = lab.mesh
     model = decoder.functions(
       lab.model.config,

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from persona_jax.lab import Lab
-from persona_jax.models import lora
+from persona_jax.models import LanguageModel, lora
 
 
 class Trained(NamedTuple):
@@ -19,32 +18,32 @@ class Trained(NamedTuple):
   policy: Callable  # trained -> {'params': ..., 'lora': ...}
 
 
-def of(lab: Lab, config) -> Trained:
+def of(model: LanguageModel, config) -> Trained:
   """What `config` trains: an adapter where `rl.adapter` has a rank."""
-  return _adapter(lab, config) if config.rl.adapter.rank else _whole(lab)
+  return _adapter(model, config) if config.rl.adapter.rank else _whole(model)
 
 
-def _whole(lab: Lab) -> Trained:
+def _whole(model: LanguageModel) -> Trained:
   """All parameters."""
   return Trained(
-    start=lab.model.variables['params'],
+    start=model.variables['params'],
     collection='params',
     fixed={},
     policy=lambda params: {'params': params},
   )
 
 
-def _adapter(lab: Lab, config) -> Trained:
+def _adapter(model: LanguageModel, config) -> Trained:
   """A low-rank adapter; the model itself stays as it is."""
   key = jax.random.fold_in(jax.random.key(config.seed), 5)
-  adapter = lora.init(lab.model.config, key, **config.rl.adapter)
+  adapter = lora.init(model.config, key, **config.rl.adapter)
   start, scales = lora.split(adapter)
   return Trained(
     start=start,
     collection='lora',
     fixed=scales,
     policy=lambda weights: {
-      **lab.model.variables,
+      **model.variables,
       'lora': lora.joined(weights, scales),
     },
   )
