@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from persona_jax import metrics, processes, trees
@@ -75,7 +76,7 @@ class Checkpoints:
       try:
         found = self._read(step, like)
       except Exception as error:  # whatever orbax says of a broken file
-        said = f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+        said = _said(error)
       if not processes.any_of(found is None):
         self.last = step
         return found
@@ -91,6 +92,27 @@ class Checkpoints:
       'give another --workdir to begin anew.'
     )
 
+  def part(self, step: int, like: Any) -> Any:
+    """Those arrays of a step that `like` has, on the host, nothing else read.
+
+    Raises:
+      ValueError: they cannot be read, or are not of the shapes of `like`.
+    """
+    on_host = lambda x: ocp.RestoreArgs(restore_type=np.ndarray)
+    args = ocp.args.PyTreeRestore(
+      item=like,
+      restore_args=jax.tree.map(on_host, like),
+      partial_restore=True,
+    )
+    try:
+      return self._checked(step, args).state
+    except Exception as error:  # whatever orbax says of a broken file
+      others = [x for x in self.steps if x != step]
+      raise ValueError(
+        f'the checkpoint {self.folder / str(step)} cannot be read '
+        f'({_said(error)}); the other steps there are {others}.'
+      ) from error
+
   def close(self):
     """Waits for what is being written."""
     self._manager.wait_until_finished()
@@ -98,15 +120,17 @@ class Checkpoints:
 
   def _read(self, step, like):
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    return self._checked(step, ocp.args.StandardRestore(abstract))
+
+  def _checked(self, step, args):
+    """What `args` ask for of a step, the bits as they were saved."""
     found = self._manager.restore(
       step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract),
-        record=ocp.args.JsonRestore(),
-      ),
+      args=ocp.args.Composite(state=args, record=ocp.args.JsonRestore()),
     )
     record = dict(found.record)
     sums = record.pop('sums')
+    _same_shapes(found.state, args.item)
     now = {k: int(x) for k, x in jax.device_get(_sums(found.state)).items()}
     differ = [name for name, x in now.items() if sums.get(name) != x]
     if differ:
@@ -197,6 +221,18 @@ class Guard:
       step, state, record = self._offered
       if step != self._saved.last:
         self._saved.save(step, state, record)
+
+
+def _said(error):
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+
+
+def _same_shapes(state, like):
+  """Raises a ValueError where orbax left something out or took it as it was."""
+  wanted = trees.flatten(like)
+  for name, x in trees.flatten(state).items():
+    if isinstance(x, jax.ShapeDtypeStruct) or x.shape != wanted[name].shape:
+      raise ValueError(f'{name} {wanted[name].shape} is not in it')
 
 
 @jax.jit
