@@ -155,6 +155,18 @@ def parse_plan(words: list[str]):
   return plain[0], options
 
 
+def parse_export(words: list[str]):
+  """`(workdir, options)` of the words that follow `export`."""
+  defaults = {'to': '', 'step': 0, 'policy': 'rl', 'merge': False}
+  plain, options, _ = read_words(words, defaults)
+  if len(plain) != 1 or not options['to']:
+    raise ValueError(
+      f'export takes one workdir and --to and was given {words}; write '
+      'persona-jax export runs/train --to=my-model.'
+    )
+  return plain[0], options
+
+
 def load_config(name: str):
   """A config by file or by name, with its argument: 'study:full'."""
   import importlib.util
@@ -245,6 +257,14 @@ def _train(job):
   console.print(f'{Path(options["workdir"]) / "policies" / "rl"}')
 
 
+def _export(job):
+  from persona_jax import export
+
+  workdir, options = job
+  step = export.run(workdir, **options)
+  print(f'{options["to"]}: {options["policy"]} after step {step}')
+
+
 def _models(job):
   from persona_jax import inventory
 
@@ -281,6 +301,12 @@ PROGRAMS = {
     ),
     parse_train,
     _train,
+  ),
+  'export': Program(
+    'a trained policy as a Hugging Face folder, or an adapter of PEFT',
+    ('WORKDIR --to=FOLDER [--step=N] [--policy=rl] [--merge]',),
+    parse_export,
+    _export,
   ),
   'models': Program(
     'what can be loaded, what is cached, and what fits on a mesh',
