@@ -16,7 +16,7 @@ from persona_jax.job import Job
 from persona_jax.learn import sharding
 
 _HALF = ('pallas', 'cudnn')  # kernels that skip what a token may not see
-_BF16, _F32 = 2, 4  # bytes
+_F32 = 4  # bytes
 
 
 class Products(NamedTuple):
@@ -149,7 +149,7 @@ def train_bytes(job: Job) -> float:
   slots = job.slots
   wide = (config.heads + 2 * config.kv_heads) * config.head_dim
   wide = (wide + 4 * config.hidden) / tensor + 8 * config.features
-  made = 2 * _BF16 * passes * slots * config.layers * wide
+  made = 2 * job.width * passes * slots * config.layers * wide
   trained, _ = jobs.state(job)
   moved = 2 * held(trained, job) * (1 + 1 / 3)  # and the gradient
   return weights + made + passes * _scores(job) + moved
@@ -162,7 +162,7 @@ def _scores(job):
   config = job.config
   pairs = job.slots * job.tokens
   heads = config.heads / job.mesh['tensor']
-  return 2 * (_F32 + _BF16) * pairs * heads * config.layers
+  return 2 * (_F32 + job.width) * pairs * heads * config.layers
 
 
 def talk_bytes(job: Job) -> int:
@@ -180,7 +180,7 @@ def train_sent(job: Job) -> float:
   trained, _ = jobs.state(job)
   grads = held(trained.params, job)
   slots = job.slots
-  sums = 6 * 2 * _BF16 * slots * job.config.features * job.config.layers
+  sums = 6 * 2 * job.width * slots * job.config.features * job.config.layers
   return (
     (2 + (not job.rank)) * weights * share('fsdp')
     + 2 * grads * share('data')
@@ -191,7 +191,7 @@ def train_sent(job: Job) -> float:
 def step_sent(job: Job) -> float:
   """Bytes of a token of the rollout, by one speaker."""
   rows = job.batch // job.ways
-  sums = 2 * 2 * _BF16 * rows * job.config.features * job.config.layers
+  sums = 2 * 2 * job.width * rows * job.config.features * job.config.layers
   return sums * (1 - 1 / job.mesh['tensor'])
 
 
@@ -233,7 +233,7 @@ def start(job: Job) -> int:
 def serving(job: Job) -> int:
   """One speaker's weights, whole on every chip but over `tensor`."""
   rules = sharding.gathered(sharding.RULES)
-  return held(jobs.params(job.config, jobs.COMPUTE), job, rules)
+  return held(jobs.params(job.config, jnp.dtype(job.dtype)), job, rules)
 
 
 def speakers(job: Job) -> int:
@@ -264,15 +264,15 @@ def temporaries(job: Job) -> float:
   slots = job.slots / job.microbatches
   trained, _ = jobs.state(job)
   grads = held(trained.params, job) * (1 + (job.microbatches > 1))
-  kept = _BF16 * slots * config.features * config.layers
+  kept = job.width * slots * config.features * config.layers
   if job.remat != 'full':
     wide = config.heads * config.head_dim * 2 + 3 * config.hidden
-    kept += _BF16 * slots * config.layers * wide / tensor
-  layer = _BF16 * slots * (6 * config.features + 4 * config.hidden / tensor)
+    kept += job.width * slots * config.layers * wide / tensor
+  layer = job.width * slots * (6 * config.features + 4 * config.hidden / tensor)
   scores = 0.0
   if job.attend not in _HALF:
-    scores = (2 * _F32 + _BF16) * slots * job.tokens * config.heads / tensor
+    scores = (2 * _F32 + job.width) * slots * job.tokens * config.heads / tensor
     if job.remat == 'none':
       scores *= config.layers
-  gathered = 3 * _BF16 * products(config).all / tensor
+  gathered = 3 * job.width * products(config).all / tensor
   return grads + kept + layer + scores + gathered + 3 * _F32 * jobs.HELD

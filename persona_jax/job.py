@@ -14,7 +14,6 @@ from persona_jax import chips, learn, outlines, rollout
 from persona_jax.learn import sharding
 from persona_jax.models import attention, cache, decoder, lora, names
 
-COMPUTE = jnp.bfloat16
 OPTIMIZER = optax.chain(  # as the learner's
   optax.clip_by_global_norm(1.0), optax.adamw(1e-6, b2=0.95, weight_decay=0.0)
 )
@@ -24,7 +23,7 @@ HELD = 1 << 24  # logits that exist at a time on a chip
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is planned; every field but `layers` is a flag of `plan`."""
+  """What is planned; fields up to `rank` are flags of `plan`."""
 
   topology: str
   model: str
@@ -37,6 +36,7 @@ class Job:
   attend: str = 'xla'
   rank: int = 0  # of an adapter; 0: all parameters
   layers: int = 0  # of the model; 0: all that it has
+  dtype: str = 'bfloat16'  # of the computation
 
   @functools.cached_property
   def config(self):
@@ -58,6 +58,11 @@ class Job:
     types = (AxisType.Auto,) * len(self.mesh)
     sizes = tuple(self.mesh[axis] for axis in sharding.AXES)
     return AbstractMesh(sizes, sharding.AXES, axis_types=types)
+
+  @property
+  def width(self) -> int:
+    """Bytes of a number that is computed with."""
+    return jnp.dtype(self.dtype).itemsize
 
   @property
   def ways(self) -> int:
@@ -155,7 +160,7 @@ def state(job: Job):
   if not job.rank:
     return jax.eval_shape(begin, params(job.config, jnp.float32)), {}
   weights, scales = lora.split(adapter(job))
-  base = {'params': params(job.config, COMPUTE), 'lora': scales}
+  base = {'params': params(job.config, jnp.dtype(job.dtype)), 'lora': scales}
   return jax.eval_shape(begin, weights), base
 
 
@@ -207,5 +212,5 @@ def scenario(job: Job) -> rollout.Scenario:
 def memory(job: Job):
   """`(batch, size) -> Cache` of one speaker."""
   return functools.partial(
-    cache.empty, job.config, dtype=COMPUTE, blocked=False
+    cache.empty, job.config, dtype=jnp.dtype(job.dtype), blocked=False
   )

@@ -85,7 +85,7 @@ def lower_train(job: Job, mesh: Mesh):
   """`learn.train_step` as the learner takes it, donated, on shapes."""
   config = job.config
   model = decoder.functions(
-    config, dtype=jobs.COMPUTE, remat=job.remat, attend=job.attend
+    config, dtype=jnp.dtype(job.dtype), remat=job.remat, attend=job.attend
   )
   apply = sharding.by_rows(lora.adapted(model.apply), mesh)
   algorithm = learn.ALGORITHMS['grpo']
@@ -126,7 +126,9 @@ def lower_train(job: Job, mesh: Mesh):
 def lower_talk(job: Job, mesh: Mesh):
   """`rollout.converse` of the policy with its frozen partner, on shapes."""
   config = job.config
-  model = decoder.functions(config, dtype=jobs.COMPUTE, attend=job.attend)
+  model = decoder.functions(
+    config, dtype=jnp.dtype(job.dtype), attend=job.attend
+  )
   apply = sharding.by_rows(lora.adapted(model.apply), mesh)
   memory = jobs.memory(job)
   frame = jnp.zeros(jobs.FRAME, jnp.int32)
@@ -153,7 +155,7 @@ def lower_talk(job: Job, mesh: Mesh):
       groups=job.ways,
     )
 
-  base = {'params': _serving(jobs.params(config, jobs.COMPUTE), mesh)}
+  base = {'params': _serving(jobs.params(config, jnp.dtype(job.dtype)), mesh)}
   policy = {'lora': _serving(jobs.adapter(job), mesh)} if job.rank else base
   rows = jax.tree.map(
     lambda x: _at(x, sharding.batch_sharding(mesh)), jobs.scenario(job)
