@@ -12,10 +12,11 @@ from jax.sharding import AbstractMesh, AxisType
 
 from persona_jax import chips, learn, outlines, rollout
 from persona_jax.learn import sharding
+from persona_jax.learn.step import clip
 from persona_jax.models import attention, cache, decoder, lora, names
 
 OPTIMIZER = optax.chain(  # as the learner's
-  optax.clip_by_global_norm(1.0), optax.adamw(1e-6, b2=0.95, weight_decay=0.0)
+  clip(1.0), optax.adamw(1e-6, b2=0.95, weight_decay=0.0)
 )
 FRAME = 8  # tokens between two lines, about what chat templates put there
 HELD = 1 << 24  # logits that exist at a time on a chip

@@ -35,7 +35,7 @@ from persona_jax.learn.algorithms import (
   settings,
 )
 from persona_jax.learn.losses import Batch
-from persona_jax.learn.step import culprit, policy_loss, scores
+from persona_jax.learn.step import clip, culprit, policy_loss, scores
 from persona_jax.models import decoder, lora
 
 PARTS = ('policy', 'critic', 'process')  # fields of `States`
@@ -90,7 +90,7 @@ class Learner:
     rates = (rl.learning_rate, rl.critic_rate, rl.process_rate)
     self._optimizers = {
       name: optax.chain(
-        optax.clip_by_global_norm(rl.max_grad_norm),
+        clip(rl.max_grad_norm),
         optax.adamw(rate, b2=0.95, weight_decay=rl.weight_decay),
       )
       for name, rate in zip(PARTS, rates, strict=True)

@@ -309,7 +309,7 @@ def test_the_step_goes_down_the_gradient_of_the_loss(variables, batch, update):
   chex.assert_trees_all_close(after.params, want, atol=2e-6)
 
 
-@pytest.mark.parametrize('where', ['loss', 'gradient', 'nowhere'])
+@pytest.mark.parametrize('where', ['loss', 'gradient', 'update', 'nowhere'])
 def test_what_is_not_finite_changes_nothing_and_is_named(
   variables, batch, where
 ):
@@ -320,7 +320,7 @@ def test_what_is_not_finite_changes_nothing_and_is_named(
       loss += jnp.sum(jnp.sqrt(0.0 * kernel))
     return loss, {}
 
-  optimizer = optax.adam(0.1)
+  optimizer = optax.adam(jnp.inf if where == 'update' else 0.1)
   state = learn.init_state(variables['params'], optimizer)
   after, metrics = learn.train_step(
     state, batch, losses.per_token(batch), loss_fn=loss_fn, optimizer=optimizer
@@ -329,10 +329,43 @@ def test_what_is_not_finite_changes_nothing_and_is_named(
   if where == 'nowhere':
     assert told is None and after.step == 1
     return
-  names = {'loss': 'the loss'}
+  names = {'loss': 'the loss', 'update': 'the update'}
   names['gradient'] = 'the gradient of layers/mlp/down/kernel'
   assert told == names[where]
   chex.assert_trees_all_equal(after, state)
+
+
+@pytest.mark.parametrize('most', [0.1, 100.0])
+def test_gradients_are_clipped_as_optax_clips_them(key, most):
+  grads = {'a': jax.random.normal(key, (3, 4)), 'b': jnp.ones(5)}
+  ours, theirs = step.clip(most), optax.clip_by_global_norm(most)
+  found, state = ours.update(grads, ours.init(grads))
+  want, other = theirs.update(grads, theirs.init(grads))
+  close = (
+    chex.assert_trees_all_close if most < 1 else chex.assert_trees_all_equal
+  )
+  close(found, want)
+  assert jax.tree.structure(state) == jax.tree.structure(other)
+
+
+def test_an_update_copies_no_moments(batch):
+  params = {'a': jnp.zeros((1500, 1000)), 'b': jnp.zeros((1000, 1500))}
+  optimizer = optax.chain(step.clip(1.0), optax.adamw(1e-3))
+
+  def loss_fn(params, batch, weights):
+    x = jnp.broadcast_to(weights[:, :1], (len(weights), 1500))
+    return jnp.sum((x @ params['a'] @ params['b']) ** 2), {}
+
+  def update(state):
+    return learn.train_step(
+      state, batch, batch.advantages, loss_fn=loss_fn, optimizer=optimizer
+    )
+
+  state = learn.init_state(params, optimizer)
+  program = jax.jit(update, donate_argnums=0).lower(state).compile()
+  held = program.memory_analysis().temp_size_in_bytes
+  # The gradient, the update, and its square on the way to its norm.
+  assert held < 3.1 * sum(x.nbytes for x in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize('weigh', [losses.per_token, losses.per_sequence])

@@ -88,9 +88,9 @@ def train_step(
   """One update; `loss_fn(params, batch, weights)` gives (loss, metrics).
 
   Microbatches are read one after the other; `weights` sum to one over the
-  whole batch, so their sums are what one batch gives. Where the loss or a
-  gradient is not finite the state stays as it was, and `step/culprit` says
-  where (`culprit`).
+  whole batch, so their sums are what one batch gives. Where the loss, a
+  gradient or the update is not finite the state stays as it was, and
+  `step/culprit` says where (`culprit`).
 
   Raises:
     ValueError: the batch does not divide into `microbatches`.
@@ -98,27 +98,46 @@ def train_step(
   grads, metrics = _gradient(
     state.params, batch, weights, loss_fn, microbatches
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  updates, _ = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(grads)]
-  wrong = ~jnp.stack([jnp.isfinite(metrics['loss']), *flags])
-  fine = ~jnp.any(wrong)
-  new = TrainState(state.step + 1, params, opt_state)
-  state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, state)
   metrics |= {
     'norm/grads': optax.tree.norm(grads),
     'norm/updates': optax.tree.norm(updates),
-    'step/culprit': jnp.where(fine, -1, jnp.argmax(wrong)),
   }
+  flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(grads)]
+  ends = [jnp.isfinite(metrics[x]) for x in ('loss', 'norm/updates')]
+  wrong = ~jnp.stack([ends[0], *flags, ends[1]])
+  fine = ~jnp.any(wrong)
+  # The moments are computed once more, after all that reads the old ones: so
+  # they are written over them, where XLA would copy them first.
+  old, same = jax.lax.optimization_barrier((state.opt_state, grads))
+  _, opt_state = optimizer.update(same, old, state.params)
+  new = TrainState(state.step + 1, params, opt_state)
+  state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, state)
+  metrics['step/culprit'] = jnp.where(fine, -1, jnp.argmax(wrong))
   return state, metrics
 
 
 def culprit(number: int, state: PyTree) -> str | None:
-  """What `step/culprit` means: None, the loss, or the gradient of a leaf."""
+  """What `step/culprit` means: None, the loss, a gradient, or the update."""
   if number < 0:
     return None
-  names = trees.flatten(state.params)
-  return ['the loss', *[f'the gradient of {x}' for x in names]][number]
+  grads = [f'the gradient of {x}' for x in trees.flatten(state.params)]
+  return ['the loss', *grads, 'the update'][number]
+
+
+def clip(most: float) -> optax.GradientTransformation:
+  """Gradients whose norm is at most `most`.
+
+  optax's own divides first; what is divided XLA keeps as a copy of them all.
+  """
+
+  def update(grads, state, params=None):
+    del params
+    factor = jnp.minimum(1.0, most / optax.tree.norm(grads))
+    return jax.tree.map(lambda x: x * factor.astype(x.dtype), grads), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _over(below, above):
