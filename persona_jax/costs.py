@@ -258,12 +258,15 @@ def temporaries(job: Job) -> float:
   """What a step holds beside its state, about: no compiler was asked.
 
   The inputs of all layers, the largest arrays of one layer and its scores,
-  the gradient (twice where microbatches add up), and a block of logits.
+  the gradient (twice where microbatches add up), and a block of logits; or,
+  when they are gone, the gradient and the update that it makes.
   """
   config, tensor = job.config, job.mesh['tensor']
   slots = job.slots / job.microbatches
   trained, _ = jobs.state(job)
-  grads = held(trained.params, job) * (1 + (job.microbatches > 1))
+  grads = held(trained.params, job)
+  update = 2.0 * grads
+  grads *= 1 + (job.microbatches > 1)
   kept = job.width * slots * config.features * config.layers
   if job.remat != 'full':
     wide = config.heads * config.head_dim * 2 + 3 * config.hidden
@@ -275,4 +278,5 @@ def temporaries(job: Job) -> float:
     if job.remat == 'none':
       scores *= config.layers
   gathered = 3 * job.width * products(config).all / tensor
-  return grads + kept + layer + scores + gathered + 3 * _F32 * jobs.HELD
+  logits = 3 * _F32 * jobs.HELD
+  return max(grads + kept + layer + scores + gathered + logits, update)
