@@ -91,7 +91,7 @@ def memory(job: Job, program: str, found: dict | None) -> dict[str, Any]:
     own, cache = costs.speakers(job), 2 * costs.cache(job)
     kept = costs.state(job) + costs.start(job)
     more = 2 * cache
-  limit = job.place.chip.memory
+  limit, counted = job.place.chip.memory, own + cache + more
   if found is not None:  # the compiler may only say by how much it is too large
     own, limit = found.get('arguments', own), found.get('limit', limit)
     more = found.get('temporaries', found.get('used', 0) - own) - cache
@@ -105,6 +105,7 @@ def memory(job: Job, program: str, found: dict | None) -> dict[str, Any]:
     'total': total,
     'limit': limit,
     'fits': total <= limit,
+    'off': found and (own + cache + more) / counted,
     'compile_seconds': found and found['seconds'],
     'collectives': found and found.get('collectives'),
   }

@@ -69,6 +69,9 @@ def _memory(record):
     table.add_row(label, *(f'{record[x][key] / GIB:.2f}' for x in _PROGRAMS))
   fits = ('yes' if record[x]['fits'] else 'no' for x in _PROGRAMS)
   table.add_row('fits', *fits)
+  off = [record[x]['off'] for x in _PROGRAMS]
+  if None not in off:
+    table.add_row('compiled / counted by hand', *(f'{x:.2f}' for x in off))
   return table
 
 

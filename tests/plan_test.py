@@ -65,6 +65,16 @@ def _batch(job):
   return jobs.batch(job, jnp.zeros)
 
 
+def test_how_far_off_the_count_by_hand_was(found):
+  job, programs = found
+  by_hand = costs.state(job) + costs.temporaries(job)
+  train = programs['train']
+  peak = train['arguments'] + train['temporaries']
+  shown = plan.memory(job, 'train', train)['off']
+  assert shown == pytest.approx(peak / by_hand)
+  assert plan.memory(job, 'talk', programs['talk'])['off'] > 0
+
+
 def test_the_rollout_holds_both_speakers_and_caches(found):
   job, programs = found
   talk = programs['talk']
@@ -96,6 +106,7 @@ def test_what_a_person_sees(found, capsys, monkeypatch):
     for part in (
       'fsdp=4, tensor=2', '16 dialogues of 128', 'an estimate', 'in all',
       'all-reduce', 'bound by', 'an hour 16 to 56 $', 'assumption',
+      'compiled / counted by hand',
     ):  # fmt: skip
       assert part in ' '.join(shown.split())
     assert 'does not fit' not in shown
@@ -111,6 +122,7 @@ def test_what_a_machine_reads(model, capsys):
   assert train['fits'] and train['collectives'] is None
   parts = ('held', 'cache', 'kept', 'temporaries')
   assert train['total'] == sum(train[x] for x in parts)
+  assert train['off'] is None  # nothing was compiled
   low, high = record['seconds']
   assert 0 < low < high
 
