@@ -267,16 +267,21 @@ def temporaries(job: Job) -> float:
   grads = held(trained.params, job)
   update = 2.0 * grads
   grads *= 1 + (job.microbatches > 1)
-  kept = job.width * slots * config.features * config.layers
-  if job.remat != 'full':
-    wide = config.heads * config.head_dim * 2 + 3 * config.hidden
-    kept += job.width * slots * config.layers * wide / tensor
+  heads, whole = config.heads * config.head_dim, config.features
+  if job.remat == 'none':  # each array that some product or norm reads again
+    wide, whole = 3 * heads + 6 * config.hidden, 7 * whole
+  elif job.remat == 'full':
+    wide = 0
+  else:
+    wide = 2 * heads + 3 * config.hidden
+  kept = job.width * slots * config.layers * (whole + wide / tensor)
   layer = job.width * slots * (6 * config.features + 4 * config.hidden / tensor)
   scores = 0.0
   if job.attend not in _HALF:
-    scores = (2 * _F32 + job.width) * slots * job.tokens * config.heads / tensor
+    pairs = slots * job.tokens * config.heads / tensor
+    scores = (2 * _F32 + job.width) * pairs
     if job.remat == 'none':
-      scores *= config.layers
+      scores = (_F32 + job.width) * pairs * config.layers
   gathered = 3 * job.width * products(config).all / tensor
   logits = 3 * _F32 * jobs.HELD
   return max(grads + kept + layer + scores + gathered + logits, update)
