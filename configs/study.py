@@ -46,6 +46,7 @@ def get_config(arg: str = 'laptop'):
     truncate=0.0,  # most that learner / sampler may weigh; 0: no correction
     skip=False,  # leave out steps with numbers that are not finite
     remat='full',  # what a layer keeps for its gradient
+    share=True,  # read what a group's texts begin with once
     advantage=dict(),  # numbers of the algorithm's advantage, by name
     loss=dict(),  # and of its loss
     max_grad_norm=1.0,

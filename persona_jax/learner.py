@@ -14,7 +14,7 @@ import optax
 from flax import struct
 from jaxtyping import PyTree
 
-from persona_jax import learn, masked, trained
+from persona_jax import groups, learn, masked, trained
 from persona_jax.dialogue import POLICY, Dialogue, view
 from persona_jax.lab import Lab
 from persona_jax.learn import (
@@ -22,6 +22,7 @@ from persona_jax.learn import (
   critic,
   losses,
   preferences,
+  prefix,
   process,
   sharding,
 )
@@ -36,6 +37,7 @@ from persona_jax.learn.algorithms import (
 )
 from persona_jax.learn.losses import Batch
 from persona_jax.learn.step import clip, culprit, policy_loss, scores
+from persona_jax.models import cache as caches
 from persona_jax.models import decoder, lora
 
 PARTS = ('policy', 'critic', 'process')  # fields of `States`
@@ -72,13 +74,27 @@ class Learner:
       self._needs.add(REFERENCE)
     self.trained = trained.of(lab.model, config)
     self.mesh = lab.mesh
+    ways = sharding.row_ways(lab.mesh)
+    self._group, room = groups.alike(config, lab.frame, ways)
     model = decoder.functions(
       lab.model.config,
       dtype=jnp.dtype(config.dtype),
       remat=rl.remat,
-      attend=config.attend or None,
+      attend='xla' if self._group > 1 else config.attend or None,
     )
     self._apply = sharding.by_rows(lora.adapted(model.apply), self.mesh)
+    if self._group > 1:
+      self._apply = prefix.shared(
+        self._apply,
+        functools.partial(
+          caches.empty_stacked,
+          lab.model.config,
+          dtype=jnp.dtype(config.dtype),
+          blocked=False,
+        ),
+        group=self._group,
+        room=room,
+      )
     self._unembed = model.unembed
     self._read = functools.partial(
       scores,
@@ -98,6 +114,14 @@ class Learner:
     self._jitted_prepare = jax.jit(self._prepare)
     self._jitted_given = jax.jit(self._given)
     self._jitted_update = None  # until it is known where states lie
+
+  @property
+  def parts(self) -> Callable:
+    """`minibatches` of a rollout."""
+    rl = self._rl
+    return groups.minibatches(
+      self._lab.batch, rl.minibatches, rl.epochs, self._group
+    )
 
   def init(self) -> States:
     """The states before the first step, each in its place."""
@@ -246,7 +270,11 @@ class Learner:
     batch = jax.lax.with_sharding_constraint(
       batch, sharding.batch_sharding(self.mesh)
     )
-    step = functools.partial(learn.train_step, microbatches=rl.microbatches)
+    step = functools.partial(
+      learn.train_step,
+      microbatches=rl.microbatches,
+      group=self._group if batch.tokens.ndim == 2 else 1,
+    )
     policy_of = functools.partial(
       policy_loss,
       self._apply,
@@ -325,29 +353,6 @@ def to_batch(lab: Lab, said: Dialogue) -> tuple[Batch, Callable]:
     reference_logprobs=jnp.zeros_like(old),
     line=flat(jnp.broadcast_to(line, mask.shape)),
   ), own
-
-
-def minibatches(rows: int, count: int, epochs: int) -> Callable:
-  """`step -> rows of each update`: shuffled rounds of `count` equal parts.
-
-  One part is all rows in their order.
-
-  Raises:
-    ValueError: the rows do not divide into `count` parts.
-  """
-  if rows % count:
-    raise ValueError(
-      f'rollout.batch={rows} does not divide into rl.minibatches={count}.'
-    )
-
-  def parts(step: int) -> list[np.ndarray]:
-    if count == 1:
-      return [np.arange(rows)] * epochs
-    rng = np.random.default_rng([step, 6])
-    orders = [rng.permutation(rows) for _ in range(epochs)]
-    return [part for order in orders for part in np.split(order, count)]
-
-  return parts
 
 
 def _begin(optimizer, params):

@@ -11,7 +11,7 @@ from persona_jax import data, evaluate, processes, rewards
 from persona_jax.checkpoint import Checkpoints, Guard
 from persona_jax.dialogue import POLICY, Dialogue
 from persona_jax.lab import Lab
-from persona_jax.learner import Learner, minibatches
+from persona_jax.learner import Learner
 from persona_jax.metrics import Scribe
 from persona_jax.models import adapter_file
 
@@ -49,7 +49,6 @@ def run(
   if found is not None:
     states, log = found.state, found.record['log']
     advance(len(log))
-  parts = minibatches(config.rollout.batch, rl.minibatches, rl.epochs)
   with Guard(saved) as guard, Scribe(folder, len(log)) as scribe:
     for step in range(len(log), rl.steps):
       began = time.monotonic()
@@ -68,7 +67,7 @@ def run(
         states, learned = learner.learn(
           states,
           batch,
-          parts(step),
+          learner.parts(step),
           step=step,
           keep=lambda states, step=step: guard.offer(
             step, states, {'log': log}

@@ -34,7 +34,9 @@ def shared(
     length = jnp.max(positions, axis=1) + 1
     start = jnp.repeat(_alike(tokens, positions, group, room), group)
     first = jnp.where(
-      jnp.arange(room)[None] < start[::group, None], positions[::group, :room], -1
+      jnp.arange(room)[None] < start[::group, None],
+      positions[::group, :room],
+      -1,
     )
     before, read = apply(
       variables, tokens[::group, :room], first, memory(first.shape[0], room)

@@ -84,19 +84,20 @@ def train_step(
   loss_fn: Callable,
   optimizer,
   microbatches: int = 1,
+  group: int = 1,
 ) -> tuple[TrainState, dict]:
   """One update; `loss_fn(params, batch, weights)` gives (loss, metrics).
 
   Microbatches are read one after the other; `weights` sum to one over the
-  whole batch, so their sums are what one batch gives. Where the loss, a
-  gradient or the update is not finite the state stays as it was, and
-  `step/culprit` says where (`culprit`).
+  whole batch, so their sums are what one batch gives. Each holds whole groups
+  of `group` neighbouring rows. Where the loss, a gradient or the update is not
+  finite the state stays as it was, and `step/culprit` says where (`culprit`).
 
   Raises:
     ValueError: the batch does not divide into `microbatches`.
   """
   grads, metrics = _gradient(
-    state.params, batch, weights, loss_fn, microbatches
+    state.params, batch, weights, loss_fn, microbatches, group
   )
   updates, _ = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -150,22 +151,25 @@ def _over(below, above):
   }
 
 
-def _gradient(params, batch, weights, loss_fn, microbatches):
+def _gradient(params, batch, weights, loss_fn, microbatches, group):
   value = jax.value_and_grad(loss_fn, has_aux=True)
   if microbatches == 1:
     (loss, metrics), grads = value(params, batch, weights)
     return grads, {'loss': loss, **metrics}
   rows = weights.shape[0]
-  if rows % microbatches:
+  if rows % (microbatches * group):
     raise ValueError(
-      f'a batch of {rows} does not divide into {microbatches} microbatches.'
+      f'a batch of {rows} does not divide into {microbatches} microbatches'
+      + (f' of groups of {group}.' if group > 1 else '.')
     )
   leaves, structure = jax.tree.flatten((batch, weights))
-  # Row r goes to part r % microbatches, so that each part spans the mesh.
-  split = [
-    jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0)
-    for x in leaves
-  ]
+
+  def parts(x):
+    # Group g goes to part g % microbatches, so that each part spans the mesh.
+    apart = x.reshape(-1, microbatches, group, *x.shape[1:])
+    return jnp.moveaxis(apart, 1, 0).reshape(microbatches, -1, *x.shape[1:])
+
+  split = [parts(x) for x in leaves]
 
   def add(total, part):
     (loss, metrics), grads = value(params, *structure.unflatten(part))
