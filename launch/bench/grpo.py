@@ -25,6 +25,8 @@ def main():
   parser.add_argument('--group', type=int, default=4)
   parser.add_argument('--tokens', type=int, default=32)
   parser.add_argument('--repeats', type=int, default=5)
+  parser.add_argument('--remat', default='none')
+  parser.add_argument('--share', type=int, default=1)
   parser.add_argument('--worker', default='')
   parser.add_argument('--folder', default='')
   args = parser.parse_args()
@@ -92,7 +94,7 @@ def ours(args):
   import optax
 
   from persona_jax import learn, models, rollout, trees
-  from persona_jax.learn import losses
+  from persona_jax.learn import losses, prefix
   from persona_jax.learn.advantages import Earned
   from persona_jax.models import cache, decoder
 
@@ -112,7 +114,12 @@ def ours(args):
     optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0)
   )
   memory = functools.partial(cache.empty, model.config)
-  apply, _ = decoder.functions(model.config, remat='full')
+  apply, _ = decoder.functions(model.config, remat=args.remat, attend='xla')
+  if args.share:
+    stacked = functools.partial(
+      cache.empty_stacked, model.config, blocked=False
+    )
+    apply = prefix.shared(apply, stacked, group=args.group, room=size)
   unstack = jax.jit(trees.unstack_layers)
   say = jax.jit(rollout.reply, static_argnames=rollout.STATIC)
 
@@ -144,7 +151,9 @@ def ours(args):
       state,
       batch,
       losses.per_sequence(batch),
-      loss_fn=learn.policy_loss(apply, model.unembed, loss, {}),
+      loss_fn=learn.policy_loss(
+        apply, model.unembed, loss, {}, held=1 << 25
+      ),
       optimizer=optimizer,
     )
 
@@ -167,6 +176,7 @@ def ours(args):
       jnp.arange(rows),
       jnp.ones(rows, bool),
       tokens=args.tokens,
+      chunk=32,  # who follows in a group has one token to read
     )
     del speaker
     state, metrics = step(state, said.tokens, said.logprobs, prompt, length)
