@@ -7,13 +7,17 @@ from ml_collections import ConfigDict
 
 from persona_jax import main, metrics, processes
 
+HOW = frozenset(  # fields that change roundings at most
+  ('mesh', 'attend', 'rl.remat', 'rl.share', 'rl.held', 'rl.microbatches')
+)
 _VERSION = 'persona_jax'  # in the config's file, the version that wrote it
 
 
 def claim(workdir: Path, config):
   """Writes the config into an empty workdir, or compares it with the one there.
 
-  Fields that the version which wrote it did not have may be as they ship.
+  Fields that the version which wrote it did not have may be as they ship, and
+  those of `HOW` may differ: a run goes on on another mesh.
 
   Raises:
     ValueError: the workdir belongs to another config; names the fields.
@@ -27,7 +31,7 @@ def claim(workdir: Path, config):
   as_shipped = {k for k, x in mine.items() if (k, x) in shipped.items()}
   differ = [
     f'{name} ({theirs.get(name, _NONE)} there, {mine.get(name, _NONE)} here)'
-    for name in sorted(set(theirs) | (set(mine) - as_shipped))
+    for name in sorted((set(theirs) | (set(mine) - as_shipped)) - HOW)
     if theirs.get(name, _NONE) != mine.get(name, _NONE)
   ]
   if differ:

@@ -82,3 +82,12 @@ def test_a_version_that_was_not_recorded(tmp_path, config):
 def test_what_is_no_workdir(tmp_path):
   with pytest.raises(ValueError, match='no workdir: it has no config.json'):
     workdir.read(tmp_path)
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, config):
+  workdir.claim(tmp_path, config)
+  main.override(config, 'mesh', 'fsdp=2,tensor=4')
+  main.override(config, 'rl.microbatches', '2')
+  workdir.claim(tmp_path, config)
+  main.override(config, 'rl.minibatches', '2')
+  assert 'rl.minibatches' in refused(tmp_path, config)

@@ -151,9 +151,7 @@ def ours(args):
       state,
       batch,
       losses.per_sequence(batch),
-      loss_fn=learn.policy_loss(
-        apply, model.unembed, loss, {}, held=1 << 25
-      ),
+      loss_fn=learn.policy_loss(apply, model.unembed, loss, {}, held=1 << 25),
       optimizer=optimizer,
     )
 
