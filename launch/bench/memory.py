@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from persona_jax import costs, main
+from persona_jax import costs, dialogue, main
 from persona_jax import job as jobs
 from persona_jax.chips import GIB
 from persona_jax.learn import sharding
@@ -190,7 +190,12 @@ def settings(job):
 def lab(job, params):
   """What a learner needs of a lab."""
   model = types.SimpleNamespace(config=job.config, variables={'params': params})
-  return types.SimpleNamespace(model=model, mesh=sharding.make_mesh())
+  nothing = jnp.zeros(1, jnp.int32)
+  return types.SimpleNamespace(
+    model=model,
+    mesh=sharding.make_mesh(),
+    frame=dialogue.Frame(nothing, nothing),
+  )
 
 
 def a_batch(job):
