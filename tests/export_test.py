@@ -1,5 +1,6 @@
 """A trained policy as a folder, bit for bit as its checkpoint holds it."""
 
+import checkpoint_test
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -10,6 +11,8 @@ from persona_jax import main, metrics, models, trees
 from persona_jax import workdir as owned
 from persona_jax.models import adapter_file, lora
 
+pytestmark = checkpoint_test.pytestmark
+nothing_is_left = checkpoint_test.nothing_is_left
 folder = study_test.folder
 config = study_test.config
 

@@ -55,8 +55,9 @@ def made(config, remat='none'):
   return apply, prefix.shared(apply, memory, group=GROUP, room=ROOM)
 
 
-@pytest.mark.parametrize('remat', ['none', 'full'])
-@pytest.mark.parametrize('config', [fakes.CONFIG, WINDOWED])
+@pytest.mark.parametrize(
+  ('config', 'remat'), [(fakes.CONFIG, 'full'), (WINDOWED, 'none')]
+)
 def test_sharing_changes_nothing(config, remat):
   tokens, positions = texts()
   inside = np.asarray(positions >= 0)[..., None]

@@ -149,7 +149,7 @@ def test_rl_runs_on_all_devices(config, tmp_path, rank, mesh):
 
 
 _EACH_TAKES_A_MINUTE = [
-  pytest.param(phase, marks=[] if phase == 'cap' else pytest.mark.slow)
+  pytest.param(phase, marks=[] if phase == 'answer' else pytest.mark.slow)
   for phase in PHASES
 ]
 
