@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +48,13 @@ class Checkpoints:
     """The steps that are on disk, the newest first."""
     return sorted(self._manager.all_steps(), reverse=True)
 
-  def save(self, step: int, state: Any, record: dict):
-    """Writes `state` and `record`; returns when they may change."""
-    sums = {k: int(x) for k, x in jax.device_get(_sums(state)).items()}
+  def save(self, step: int, state: Any, record: dict, sums: Any = None):
+    """Writes `state` and `record`; returns when they may change.
+
+    `sums` are `bit_sums` of the state, where they were asked for before.
+    """
+    sums = bit_sums(state) if sums is None else sums
+    sums = {k: int(x) for k, x in jax.device_get(sums).items()}
     if step in self.steps:  # one that could not be read
       self._manager.delete(step)
     self._manager.save(
@@ -131,7 +136,7 @@ class Checkpoints:
     record = dict(found.record)
     sums = record.pop('sums')
     _same_shapes(found.state, args.item)
-    now = {k: int(x) for k, x in jax.device_get(_sums(found.state)).items()}
+    now = {k: int(x) for k, x in jax.device_get(bit_sums(found.state)).items()}
     differ = [name for name, x in now.items() if sums.get(name) != x]
     if differ:
       raise ValueError(f'the bits of {differ[0]} are not those that were saved')
@@ -152,9 +157,13 @@ class Guard:
     self._saved, self._offered = saved, None
     self._lock, self._told = threading.Lock(), False
 
-  def offer(self, step: int, state: Any, record: dict):
-    """What to save from now on."""
-    self._offered = step, state, record
+  def offer(self, state: Any, kept: Callable, *, soon: bool = False):
+    """What to save from now on, which may still be on its way.
+
+    `kept()` gives its step and its record, or None where it is of no step; it
+    may wait for the devices. `soon` it will be saved, so that they may begin.
+    """
+    self._offered = state, kept, bit_sums(state) if soon else None
 
   @contextlib.contextmanager
   def changing(self):
@@ -168,11 +177,6 @@ class Guard:
     if jax.process_count() > 1 and processes.any_of(self._told):
       self.save()
       raise SystemExit(TERMINATED)
-
-  def settle(self, step: int, *, every: int, last: int):
-    """Saves where it is time."""
-    if step == last or step % every == 0:
-      self.save()
 
   def save(self):
     """Writes what was offered, unless it is there."""
@@ -217,10 +221,12 @@ class Guard:
     os.close(self._writes)
 
   def _write(self):
-    if self._offered is not None:
-      step, state, record = self._offered
-      if step != self._saved.last:
-        self._saved.save(step, state, record)
+    if self._offered is None:
+      return
+    state, kept, sums = self._offered
+    found = kept()
+    if found is not None and found[0] != self._saved.last:
+      self._saved.save(found[0], state, found[1], sums)
 
 
 def _said(error):
@@ -236,7 +242,7 @@ def _same_shapes(state, like):
 
 
 @jax.jit
-def _sums(tree):
+def bit_sums(tree: Any) -> dict[str, jax.Array]:
   """The sum of the bits of each array, modulo 2^32, by name."""
   return {name: _sum(x) for name, x in trees.flatten(tree).items()}
 

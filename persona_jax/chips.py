@@ -68,6 +68,24 @@ class Topology(NamedTuple):
     return f'{self.chip.name}:{"x".join(map(str, self.shape))}'
 
 
+def of(kind: str) -> Chip | None:
+  """The chip of what JAX calls a device's kind; None where it is not known."""
+  for words, name in _KINDS:
+    if all(word in kind for word in words):
+      return CHIPS[name]
+  return None
+
+
+_KINDS = (  # as jax.Device.device_kind has them
+  (('TPU v5 lite',), 'v5e'),
+  (('TPU v5e',), 'v5e'),
+  (('TPU v5',), 'v5p'),
+  (('TPU v6',), 'v6e'),
+  (('H100', 'HBM3'), 'h100'),  # the SXM
+  (('H200',), 'h200'),
+)
+
+
 def topology(text: str) -> Topology:
   """'v5p:4x4x4' or 'h100:8'.
 

@@ -37,6 +37,7 @@ from persona_jax.learn.algorithms import (
 )
 from persona_jax.learn.losses import Batch
 from persona_jax.learn.step import clip, culprit, policy_loss, scores
+from persona_jax.meter import Learned, Meter, Passes, work
 from persona_jax.models import cache as caches
 from persona_jax.models import decoder, lora
 
@@ -57,7 +58,7 @@ class Learner:
 
   def __init__(self, lab: Lab, config):
     rl = config.rl
-    self._lab, self._rl = lab, rl
+    self._lab, self._rl, self.model = lab, rl, lab.model
     self._temperature = config.rollout.temperature
     self._algorithm = (learn.ALGORITHMS | learn.PREFERENCES)[rl.algorithm]
     if rl.algorithm in learn.PREFERENCES:
@@ -114,14 +115,30 @@ class Learner:
     self._jitted_prepare = jax.jit(self._prepare)
     self._jitted_given = jax.jit(self._given)
     self._jitted_update = None  # until it is known where states lie
+    self._like = None  # and what they are
 
-  @property
-  def parts(self) -> Callable:
-    """`minibatches` of a rollout."""
+  def parts(self, step: int) -> list[np.ndarray]:
+    """The rows of each update of a step."""
     rl = self._rl
-    return groups.minibatches(
-      self._lab.batch, rl.minibatches, rl.epochs, self._group
-    )
+    size = self._lab.batch
+    if rl.algorithm in learn.PREFERENCES:
+      return [np.arange(size)]
+    count = rl.minibatches
+    return groups.minibatches(size, count, rl.epochs, self._group)(step)
+
+  def meter(self) -> Meter:
+    """A meter of steps that begin now.
+
+    In a rollout both speakers read about what the policy reads.
+    """
+    rl, needs = self._rl, self._needs
+    rolls = isinstance(self._algorithm, learn.Algorithm)
+    once = rolls * (2 + bool(rl.truncate)) + len(needs) + (ANCHOR in needs)
+    whole = 1 + (CRITIC in needs) + (PROCESS in needs)
+    # What an adapter is beside has no gradient of its own.
+    learned = 3 * whole - (self.trained.collection == 'lora')
+    epochs = rl.epochs if rolls else 1
+    return Meter(self.model.config, Passes(once, learned), epochs)
 
   def init(self) -> States:
     """The states before the first step, each in its place."""
@@ -153,47 +170,58 @@ class Learner:
     return self._jitted_given(states, self._lab.model.variables, batch, others)
 
   def learn(
-    self, states: States, batch: Batch, parts, *, step: int, keep: Callable
-  ) -> tuple[States, dict[str, float]]:
-    """An update by each of `parts`, rows of the batch; the means of metrics.
+    self, states: States, batch: Batch, step: int, fine: jax.Array
+  ) -> tuple[States, Learned]:
+    """The updates of a step; what they tell is on its way, as the states are.
 
-    An update that meets a number that is not finite changes nothing. With
-    `rl.skip` it is counted; else, if it is the first of this `step`,
-    `keep(states)` may save them before the error.
+    An update that meets a number that is not finite changes nothing; nor do
+    those after it, unless `rl.skip`. None does where the batch is not `fine`.
+    """
+    found = []
+    for rows in self.parts(step):
+      states, told = self._compiled_update(states)(
+        states, self.model.variables, batch, rows, fine
+      )
+      if not self._rl.skip:
+        fine = told['step/fine']
+      found.append(told)
+    return states, Learned(found)
+
+  def told(self, learned: Learned, step: int) -> dict[str, float]:
+    """The means of what the updates of a step tell; waits for them.
+
+    With `rl.skip`, updates that changed nothing are counted.
 
     Raises:
-      FloatingPointError: names the first such number.
+      FloatingPointError: names the first number that is not finite.
     """
-    found, skipped = [], 0
-    for i, rows in enumerate(parts):
-      states, told = self._compiled_update(states)(
-        states, self._lab.model.variables, batch, rows
-      )
-      told = {name: float(value) for name, value in told.items()}
+    fine, skipped = [], 0
+    for i, told in enumerate(learned.here):
       culprits = {x: int(told.pop(f'{x}/culprit', -1)) for x in PARTS}
       wrong = [
         f'{what} of the {name}'
         for name, number in culprits.items()
-        if (what := culprit(number, getattr(states, name)))
+        if (what := culprit(number, getattr(self._like, name)))
       ]
       if wrong and not self._rl.skip:
-        if i == 0:
-          keep(states)
         raise FloatingPointError(
           f'{wrong[0]} is not finite in step {step + 1}, update {i + 1} of '
-          f'{len(parts)}, which was left out; lower the learning rate, look '
-          'at the rewards, or set rl.skip=true to count such updates and go on.'
+          f'{len(learned.found)}, which was left out; lower the learning rate, '
+          'look at the rewards, or set rl.skip=true to count such updates and '
+          'go on.'
         )
-      skipped += bool(wrong)
-      if not wrong:
-        found.append(told)
-    metrics = {k: float(np.mean([x[k] for x in found])) for k in told if found}
-    return states, metrics | {'step/skipped': float(skipped)}
+      if told.pop('step/fine'):
+        fine.append(told)
+      else:
+        skipped += 1
+    metrics = {k: float(np.mean([x[k] for x in fine])) for k in told if fine}
+    return metrics | {'step/skipped': float(skipped)}
 
   def _compiled_update(self, states):
     """The compiled update, whose states stay where they are."""
     if self._jitted_update is None:
       places = jax.tree.map(lambda x: x.sharding, states)
+      self._like = jax.eval_shape(lambda: states)
       self._jitted_update = jax.jit(
         self._update, out_shardings=(places, None), donate_argnums=0
       )
@@ -264,7 +292,7 @@ class Learner:
       batch = batch.replace(anchor=anchor)
     return batch
 
-  def _update(self, states, base, batch, rows):
+  def _update(self, states, base, batch, rows, allowed):
     rl, algorithm = self._rl, self._algorithm
     batch = jax.tree.map(lambda x: x[rows], batch)
     batch = jax.lax.with_sharding_constraint(
@@ -274,6 +302,7 @@ class Learner:
       learn.train_step,
       microbatches=rl.microbatches,
       group=self._group if batch.tokens.ndim == 2 else 1,
+      allowed=allowed,
     )
     policy_of = functools.partial(
       policy_loss,
@@ -320,13 +349,14 @@ class Learner:
       )
       states = states.replace(process=new)
       metrics |= _named('process', told)
-    if states.critic is not None or states.process is not None:
-      told = [metrics.get(f'{name}/culprit', -1) for name in PARTS]
-      fine = jnp.max(jnp.stack([jnp.asarray(x) for x in told])) < 0
+    told = [metrics[f'{x}/culprit'] for x in PARTS if f'{x}/culprit' in metrics]
+    fine = allowed & (jnp.max(jnp.stack(told)) < 0)
+    if len(told) > 1:
       states = jax.tree.map(
         lambda new, old: jnp.where(fine, new, old), states, before
       )
-    return states, losses.summary(metrics)
+    told = {f'work/{k}': x for k, x in work(batch)._asdict().items()}
+    return states, losses.summary(metrics) | told | {'step/fine': fine}
 
 
 def to_batch(lab: Lab, said: Dialogue) -> tuple[Batch, Callable]:

@@ -1,23 +1,20 @@
 """Training on given replies: preference pairs, labelled replies, examples."""
 
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from persona_jax import batches, learn
+from persona_jax import batches, learn, steps
 from persona_jax.batches import Encoded
-from persona_jax.checkpoint import Checkpoints, Guard
 from persona_jax.feed import Feed
 from persona_jax.lab import Lab
-from persona_jax.learn import sharding
+from persona_jax.learn import Batch, sharding
 from persona_jax.learn.algorithms import ANCHOR
 from persona_jax.learner import Learner
-from persona_jax.metrics import Scribe
 from persona_jax.text import examples
-from persona_jax.train import Result, finished
 
 
 class Row(NamedTuple):
@@ -29,7 +26,7 @@ class Row(NamedTuple):
 
 def run(
   lab: Lab, config, folder: Path, *, shuffle: bool = False, advance
-) -> Result:
+) -> steps.Result:
   """Trains on `rl.data`, by default our pairs; continues what `folder` holds.
 
   With `shuffle`, about half of the examples, drawn by chance, are wrong: a
@@ -39,7 +36,6 @@ def run(
     FloatingPointError: a loss or gradient is not finite.
     ValueError: a row of the data breaks a rule.
   """
-  rl = config.rl
   learner = Learner(lab, config)
   part, parts = sharding.share(lab.mesh)
   feed = Feed(
@@ -49,35 +45,44 @@ def run(
     process=part,
     processes=parts,
   )
-  states, log, place = learner.init(), [], feed.get_state()
-  saved, rows = Checkpoints(folder), np.arange(config.rollout.batch)
-  found = saved.restore(states)
-  if found is not None:
-    states, log = found.state, found.record['log']
-    place = found.record['feed']
-    feed.set_state(place)
-    advance(len(log))
-  with Guard(saved) as guard, Scribe(folder, len(log)) as scribe:
-    for step in range(len(log), rl.steps):
-      began = time.monotonic()
-      keep = lambda states, step=step, place=place: guard.offer(
-        step, states, {'log': log, 'feed': place}
-      )
-      guard.heed()
-      batch, others = _arrays(lab, config, next(feed))
-      with guard.changing():
-        batch = learner.given(states, batch, others)
-        states, told = learner.learn(
-          states, batch, [rows], step=step, keep=keep
-        )
-        seconds = time.monotonic() - began
-        log.append(told | {'step': step + 1, 'seconds': seconds})
-        place = feed.get_state()
-        guard.offer(step + 1, states, {'log': log, 'feed': place})
-      scribe.write(log[-1])
-      guard.settle(step + 1, every=rl.save_every, last=rl.steps)
-      advance(1)
-  return finished(lab, learner, states, log, folder)
+
+  def begin(step, states):
+    before = {'feed': feed.get_state()}
+    arrays = _arrays(lab, config, next(feed))
+    return Given(learner, *arrays, before, {'feed': feed.get_state()})
+
+  return steps.run(
+    learner,
+    begin,
+    folder,
+    steps=config.rl.steps,
+    save_every=config.rl.save_every,
+    resume=lambda record: feed.set_state(record['feed']),
+    advance=advance,
+  )
+
+
+class Given(NamedTuple):
+  """The replies of a step."""
+
+  learner: Learner
+  own: Batch
+  others: Batch
+  before: dict
+  after: dict
+
+  def batch(self, states):
+    """The replies with what the loss asks of them."""
+    batch = self.learner.given(states, self.own, self.others)
+    return batch, jnp.ones((), bool)
+
+  def told(self):
+    """Nothing: they are as they were given."""
+    return {}
+
+  def texts(self):
+    """None."""
+    return []
 
 
 def read(lab: Lab, config, *, shuffle: bool = False) -> list[Row]:

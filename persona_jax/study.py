@@ -26,6 +26,7 @@ from persona_jax import (
   prefer,
   processes,
   report,
+  steps,
   train,
 )
 from persona_jax import workdir as owned
@@ -310,7 +311,7 @@ class Study:
     shuffled = ['shuffled'] if self.config.controls.shuffled_rl else []
     return ['rl', *shuffled]
 
-  def _train(self, name, advance) -> train.Result:
+  def _train(self, name, advance) -> steps.Result:
     """A trained policy; from its last checkpoint if that is the end."""
     if name not in self._policies:
       folder = self.workdir / 'policies' / name

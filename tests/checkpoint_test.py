@@ -151,7 +151,7 @@ def test_a_guard_saves_what_is_offered_once(tmp_path):
   with Guard(saved) as guard:
     guard.save()
     assert saved.steps == []
-    guard.offer(4, state(4), {'log': []})
+    guard.offer(state(4), lambda: (4, {'log': []}))
     guard.save()
     guard.save()
   saved.close()
@@ -171,7 +171,7 @@ from pathlib import Path
 from persona_jax.checkpoint import Checkpoints, Guard
 slow = jax.jit(lambda x: jax.lax.fori_loop(0, 10**9, lambda i, x: x + i, x))
 with Guard(Checkpoints(Path(sys.argv[1]))) as guard:
-  guard.offer(7, {'x': jnp.arange(3.0)}, {'log': []})
+  guard.offer({'x': jnp.arange(3.0)}, lambda: (7, {'log': []}))
   print('ready', flush=True)
   slow(jnp.zeros(2000)).block_until_ready()  # Python runs no handler here
 """
@@ -189,14 +189,23 @@ def test_sigterm_saves_while_a_device_is_busy(tmp_path):
   np.testing.assert_array_equal(found.state['x'], [0, 1, 2])
 
 
-def test_it_saves_where_it_is_time(tmp_path):
-  saved = Checkpoints(tmp_path, keep=9)
+def test_what_is_of_no_step_is_not_saved(tmp_path):
+  saved = Checkpoints(tmp_path)
   with Guard(saved) as guard:
-    for step in range(1, 8):
-      guard.offer(step, state(step), {})
-      guard.settle(step, every=3, last=7)
-  saved.close()
-  assert Checkpoints(tmp_path).steps == [7, 6, 3]
+    guard.offer(state(3), lambda: None)
+    guard.save()
+  assert Checkpoints(tmp_path).steps == []
+
+
+@pytest.mark.parametrize('soon', [False, True])
+def test_what_is_saved_soon_is_whole(tmp_path, soon):
+  saved = Checkpoints(tmp_path)
+  with Guard(saved) as guard:
+    guard.offer(state(3), lambda: (3, {}), soon=soon)
+    guard.save()
+  chex.assert_trees_all_equal(
+    Checkpoints(tmp_path).restore(state(0)).state, state(3)
+  )
 
 
 def test_a_broken_one_is_written_again(written):
@@ -214,7 +223,7 @@ def test_a_broken_one_is_written_again(written):
 def test_what_is_not_finite_leaves_the_state_of_before(tmp_path):
   saved = Checkpoints(tmp_path)
   with pytest.raises(FloatingPointError), Guard(saved) as guard:
-    guard.offer(3, state(3), {})
+    guard.offer(state(3), lambda: (3, {}))
     raise FloatingPointError
   assert Checkpoints(tmp_path).steps == [3]
 
@@ -222,7 +231,7 @@ def test_what_is_not_finite_leaves_the_state_of_before(tmp_path):
 def test_while_it_changes_nothing_is_saved(tmp_path):
   saved = Checkpoints(tmp_path)
   with pytest.raises(FloatingPointError), Guard(saved) as guard:
-    guard.offer(3, state(3), {})
+    guard.offer(state(3), lambda: (3, {}))
     with guard.changing():  # its memory may be used again
       raise FloatingPointError
   assert Checkpoints(tmp_path).steps == []

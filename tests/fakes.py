@@ -228,6 +228,11 @@ def made_up(batch=4, lines=4, size=5, seed=0):
   )
 
 
+def timeless(metrics):
+  """The metrics of a step that are the same in every run."""
+  return {k: v for k, v in metrics.items() if not k.startswith('pace/')}
+
+
 def plain(record):
   """The fields of a record as numpy arrays, for loops in Python."""
   fields = {x.name: getattr(record, x.name) for x in dataclasses.fields(record)}

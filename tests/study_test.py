@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +26,6 @@ from persona_jax import (
   trees,
 )
 from persona_jax.batches import Encoded
-from persona_jax.learner import Learner
 from persona_jax.models import adapter_file, decoder
 from persona_jax.models.config import DecoderConfig, Kind, Rope
 
@@ -212,11 +212,8 @@ def test_kill_minus_nine_in_every_phase(config, folder, finished, tmp_path):
 def _numbers(results):
   """What must not depend on when the run was killed."""
   kept = {k: v for k, v in results.items() if k not in ('times', 'about')}
-  steps = [
-    {k: v for k, v in step.items() if k != 'seconds'}
-    for step in kept['rl']['steps']
-  ]
-  return kept | {'rl': kept['rl'] | {'steps': steps}}
+  log = [fakes.timeless(step) for step in kept['rl']['steps']]
+  return kept | {'rl': kept['rl'] | {'steps': log}}
 
 
 def test_a_workdir_belongs_to_one_config(finished, folder, capsys):
@@ -344,32 +341,6 @@ def test_every_preference_trains_all_parameters(config, tmp_path, name):
   main.override(config, 'rl.steps', '3')
   longer = prefer.run(opened, config, tmp_path, advance=silent)
   assert longer.log[:2] == result.log and len(longer.log) == 3
-
-
-def test_a_broken_update_stops_and_leaves_the_state_of_before(
-  config, tmp_path, monkeypatch
-):
-  # The second step's advantages are not finite.
-  config = config.copy_and_resolve_references()
-  main.override(config, 'rl.save_every', '9')
-  prepare, calls = Learner.prepare, []
-
-  def spoilt(self, *args):
-    batch, told = prepare(self, *args)
-    calls.append(len(calls))
-    factor = jnp.nan if len(calls) == 2 else 1.0
-    return batch.replace(advantages=factor * batch.advantages), told
-
-  monkeypatch.setattr(Learner, 'prepare', spoilt)
-  with pytest.raises(FloatingPointError, match='loss of the policy .* step 2'):
-    trained(config, tmp_path / 'stops', rank=2)
-  [saved] = [x for x in (tmp_path / 'stops').iterdir() if x.name.isdigit()]
-  assert saved.name == '1'
-  calls.clear()
-  main.override(config, 'rl.skip', 'true')
-  _, result = trained(config, tmp_path / 'skips', rank=2)
-  assert [x['step/skipped'] for x in result.log] == [0, 1]
-  assert 'loss' in result.log[0] and 'loss' not in result.log[1]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from persona_jax import masked, trees
 from persona_jax.learn.logprobs import Scores, token_scores
@@ -85,13 +85,15 @@ def train_step(
   optimizer,
   microbatches: int = 1,
   group: int = 1,
+  allowed: Bool[Array, ''] | bool = True,
 ) -> tuple[TrainState, dict]:
   """One update; `loss_fn(params, batch, weights)` gives (loss, metrics).
 
   Microbatches are read one after the other; `weights` sum to one over the
   whole batch, so their sums are what one batch gives. Each holds whole groups
   of `group` neighbouring rows. Where the loss, a gradient or the update is not
-  finite the state stays as it was, and `step/culprit` says where (`culprit`).
+  finite the state stays as it was, and `step/culprit` says where (`culprit`);
+  it also stays where nothing is `allowed`.
 
   Raises:
     ValueError: the batch does not divide into `microbatches`.
@@ -108,14 +110,14 @@ def train_step(
   flags = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(grads)]
   ends = [jnp.isfinite(metrics[x]) for x in ('loss', 'norm/updates')]
   wrong = ~jnp.stack([ends[0], *flags, ends[1]])
-  fine = ~jnp.any(wrong)
+  fine = ~jnp.any(wrong) & allowed
   # The moments are computed once more, after all that reads the old ones: so
   # they are written over them, where XLA would copy them first.
   old, same = jax.lax.optimization_barrier((state.opt_state, grads))
   _, opt_state = optimizer.update(same, old, state.params)
   new = TrainState(state.step + 1, params, opt_state)
   state = jax.tree.map(lambda new, old: jnp.where(fine, new, old), new, state)
-  metrics['step/culprit'] = jnp.where(fine, -1, jnp.argmax(wrong))
+  metrics['step/culprit'] = jnp.where(jnp.any(wrong), jnp.argmax(wrong), -1)
   return state, metrics
 
 
