@@ -1,8 +1,10 @@
 """The command line: flags and one call."""
 
+import contextlib
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +40,7 @@ def run(argv: list[str] | None = None):
       raise ValueError(f'unknown program {name!r}{_near(name, PROGRAMS)}.')
     program = PROGRAMS[name]
     program.run(program.parse(words))
-  except (ValueError, FloatingPointError, OSError, ImportError) as error:
+  except _KNOWN as error:
     print(f'persona-jax: {error}', file=sys.stderr)
     raise SystemExit(1) from (error if os.environ.get(_DEBUG) else None)
   except KeyboardInterrupt:
@@ -241,12 +243,12 @@ def _train(job):
   from persona_jax import processes
 
   config, options = job
-  if options['distributed']:
-    processes.join()
-  from persona_jax import study
+  several = processes.joined(_tell) if options['distributed'] else None
+  with several or contextlib.nullcontext():
+    from persona_jax import study
 
-  _compile_cache()
-  done = study.train_only(config, options['workdir'], quiet=options['quiet'])
+    _compile_cache()
+    done = study.train_only(config, options['workdir'], quiet=options['quiet'])
   if not processes.first():
     return
   last = done['steps'][-1]
@@ -328,7 +330,15 @@ PROGRAMS = {
     _plan,
   ),
 }
+_KNOWN = (ValueError, FloatingPointError, OSError, ImportError)
 _DEBUG = 'PERSONA_JAX_DEBUG'  # set it to see where an error came from
+
+
+def _tell(error: Exception):
+  if isinstance(error, _KNOWN) and not os.environ.get(_DEBUG):
+    print(f'persona-jax: {error}', file=sys.stderr)
+  else:
+    traceback.print_exception(error)
 
 
 def _compile_cache():

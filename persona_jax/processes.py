@@ -3,8 +3,10 @@
 All of them run the same program in the same order; the first one writes.
 """
 
+import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +45,22 @@ def join():
       f'--distributed: nothing says which processes there are ({error}) '
       f'Start it by one of launch/, or set {", ".join(_NAMES)}.'
     ) from error
+
+
+@contextlib.contextmanager
+def joined(tell: Callable[[Exception], None]):
+  """While it lasts this process is one of several; see `join`.
+
+  An error is told of and ends the process at once: at a usual exit JAX waits
+  for the others, which may be waiting for this one.
+  """
+  join()
+  try:
+    yield
+  except Exception as error:
+    tell(error)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def first() -> bool:

@@ -229,7 +229,7 @@ def test_processes_share_the_rows_of_a_batch(owners, want):
   assert [sharding.part(owners, p) for p in range(len(want))] == want
 
 
-def train(place, model, count, *words):
+def train(place, model, count, *words, programs=None):
   """The processes of one `persona-jax train`, four devices together."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
@@ -240,14 +240,14 @@ def train(place, model, count, *words):
     'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
     'JAX_NUM_PROCESSES': str(count),
   }
-  command = [
-    *(sys.executable, '-m', 'persona_jax.main', 'train', '--quiet'),
-    *('--config=study:tiny', f'--config.model={model}'),
+  words = [
+    *('train', '--quiet', '--config=study:tiny', f'--config.model={model}'),
     *(f'--workdir={place}', '--distributed', *words),
   ]
+  programs = programs or [('-m', 'persona_jax.main')] * count
   return [
     subprocess.Popen(
-      command,
+      [sys.executable, *programs[rank], *words],
       env=os.environ | several | {'JAX_PROCESS_ID': str(rank)},
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
@@ -277,3 +277,30 @@ def test_two_processes_train_as_one_does(config, tmp_path, algorithm):  # noqa: 
     assert set(one) == set(two)
     for name in fakes.timeless(one):
       assert two[name] == pytest.approx(one[name], rel=1e-2, abs=1e-4), name
+
+
+FULL = """
+from persona_jax import main, metrics
+
+def full(self, *args):
+  raise OSError(28, 'no space left')
+
+metrics.Scribe.write = full
+main.run()
+"""
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize('which', [0, 1])
+def test_an_error_in_one_process_ends_all(config, tmp_path, which):  # noqa: F811
+  # One of them alone cannot write; the other waits for it.
+  programs = [('-m', 'persona_jax.main')] * 2
+  programs[which] = ('-c', FULL)
+  children = train(tmp_path, config.model, 2, programs=programs)
+  try:
+    said = [child.communicate(timeout=120)[1] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  assert [child.returncode for child in children] == [1, 1]
+  assert 'persona-jax: [Errno 28] no space left' in said[which]
