@@ -5,6 +5,7 @@ from typing import NamedTuple
 CUE = 'Hello. Please begin the conversation.'  # what an opener answers
 NEUTRAL = 'You are a person who chats with a stranger.'
 ANY_LINE = 'Tell me something about yourself.'  # what any line may answer
+ANSWERS = ('Yes', 'Maybe', 'No')  # of a trained judge: does the line fit?
 
 
 class Ask(NamedTuple):
