@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 
 from persona_jax import rewards, trees
 from persona_jax.dialogue import PARTNER, POLICY, Dialogue, Frame
+from persona_jax.learn import logprobs
 from persona_jax.models import cache, decoder
 from persona_jax.rewards import consistency
 
@@ -22,6 +23,7 @@ NEUTRAL = jnp.array([280, 281, 282, 283])
 CUE = jnp.array([270, 271])
 APPLY, UNEMBED = decoder.functions(fakes.CONFIG)
 MEMORY = functools.partial(cache.empty_stacked, fakes.CONFIG)
+THREE = logprobs.only(UNEMBED, (9, 5, 7))
 
 
 quickly = functools.partial(  # most of the time goes into compiling
@@ -90,7 +92,20 @@ def verdict_judge(weights, who=POLICY):
   )
 
 
+def trained_judge(weights, who=POLICY):
+  return rewards.Trained(
+    weights,
+    FRAME,
+    neutral=NEUTRAL,
+    apply=APPLY,
+    unembed=THREE,
+    who=who,
+  )
+
+
 JUDGES = {
+  'trained': (rewards.trained, trained_judge),
+  'among_lines': (rewards.among_lines, trained_judge),
   'likelihood': (rewards.likelihood, likelihood_judge),
   'verdict': (rewards.verdict, verdict_judge),
   'pair_likelihood': (rewards.pair_likelihood, likelihood_judge),
@@ -204,10 +219,26 @@ def slow_pair_verdict(weights, dialogue, who):
   return out
 
 
+def slow_trained(weights, dialogue, who, begin=None):
+  out = np.zeros((B, N))
+  for b, n in lines_of(dialogue, who):
+    told = prompt(dialogue, b, who) if begin is None else begin
+    ids = history(dialogue, b, n, who, told) + body(dialogue, b, n)
+    ids.append(int(FRAME.own_to_heard[0]))
+    yes, maybe, no = np.exp(forward(weights, ids)[-1][[9, 5, 7]])
+    out[b, n] = np.log((yes + maybe) / no)
+  return out
+
+
+def slow_among_lines(weights, dialogue, who):
+  return slow_trained(weights, dialogue, who, NEUTRAL.tolist())
+
+
 @pytest.mark.parametrize(
   ('name', 'who'),
   [
     *[(name, POLICY) for name in JUDGES],
+    ('trained', PARTNER),
     ('likelihood', PARTNER),
     ('pair_verdict', PARTNER),
   ],
@@ -245,6 +276,29 @@ def test_unstacked_judge_weights_give_the_same(weights, dialogue):
   flat = likelihood_judge(trees.unstack_layers(weights))
   again = evaluate(rewards.likelihood(flat), dialogue)
   np.testing.assert_allclose(again, plain, atol=1e-5)
+
+
+def test_a_trained_judge_hears_the_last_line_of_a_dialogue_that_ended(weights):
+  whole = fakes.made_up(batch=2, lines=6, size=T)
+  blank = jnp.arange(6)[None] >= jnp.array([[4], [6]])  # row 0 said four
+  ended = dataclasses.replace(whole, length=jnp.where(blank, 0, whole.length))
+  score = rewards.trained(trained_judge(weights))
+  want = np.array(evaluate(score, whole))
+  want[0, 5] = 0
+  np.testing.assert_allclose(evaluate(score, ended), want, atol=1e-5)
+
+
+def test_relations_are_chances_of_three(weights, dialogue):
+  judge = trained_judge(weights)
+  told = quickly(rewards.relations)(judge, dialogue)
+  assert told.shape == (B, N, 3)
+  np.testing.assert_allclose(np.exp(told).sum(-1), 1, atol=1e-5)
+  yes, maybe, no = np.exp(np.moveaxis(told, -1, 0))
+  odds = evaluate(rewards.trained(judge), dialogue)
+  for b, n in lines_of(dialogue, POLICY):
+    np.testing.assert_allclose(
+      odds[b, n], np.log((yes + maybe) / no)[b, n], atol=1e-4
+    )
 
 
 # Consistency.

@@ -76,6 +76,21 @@ def token_scores(
   return Scores(picked - whole, whole - mean / total)
 
 
+def only(unembed, tokens: tuple[int, ...]):
+  """An `unembed` of these tokens alone: `[B M D]` to logits `[B M K]`.
+
+  What it predicts has number k of them as token k.
+  """
+
+  def unembed_only(variables, hidden):
+    path = _table(variables['params'])
+    table = variables['params'][path[0]][path[1]]
+    rows = table[jnp.asarray(tokens, jnp.int32)]
+    return unembed(_with(variables, path, rows), hidden)
+
+  return unembed_only
+
+
 def _table(params):
   """The path of the array with a row for each token of the vocabulary."""
   for room, name in TABLES:

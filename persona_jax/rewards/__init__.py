@@ -17,6 +17,12 @@ from persona_jax.rewards.likelihood import (
   likelihood,
   pair_likelihood,
 )
+from persona_jax.rewards.trained import (
+  Trained,
+  among_lines,
+  relations,
+  trained,
+)
 from persona_jax.rewards.verdict import (
   Question,
   Verdict,
@@ -28,14 +34,18 @@ __all__ = [
   'Likelihood',
   'Question',
   'Reward',
+  'Trained',
   'Verdict',
+  'among_lines',
   'average',
   'likelihood',
   'line_to_line',
   'pair_likelihood',
   'pair_verdict',
   'prompt_to_line',
+  'relations',
   'shuffled',
+  'trained',
   'verdict',
   'weighted',
   'worst',
