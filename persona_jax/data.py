@@ -106,17 +106,21 @@ def scenario(
 def labelled(chat: Chat, lines) -> Dialogue:
   """Labelled lines as dialogues: the question, then the line."""
   prompt = padded([chat.prompt_ids(line.persona) for line in lines])
-  return _dialogue(chat, [(x.question, x.line) for x in lines], prompt)
+  return spoken(chat, [(x.question, x.line) for x in lines], prompt)
 
 
 def labelled_pairs(chat: Chat, pairs) -> Dialogue:
   """Pairs of lines as dialogues: cue, first, cue, second."""
   ask = wording.ANY_LINE
   said = [(ask, pair.first, ask, pair.second) for pair in pairs]
-  return _dialogue(chat, said, padded([[0]] * len(pairs)))
+  return spoken(chat, said, padded([[0]] * len(pairs)))
 
 
-def _dialogue(chat, said, prompt):
+def spoken(chat: Chat, said, prompt) -> Dialogue:
+  """Dialogues `[B N]` of texts, an empty one where nothing was said.
+
+  `prompt` is the tokens `[B P]` and the length `[B]` of what both were told.
+  """
   rows, lines = len(said), len(said[0])
   tokens, length = padded([chat.encode(x) for some in said for x in some])
   tokens = jnp.asarray(tokens.reshape(rows, lines, -1))

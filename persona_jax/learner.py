@@ -96,7 +96,7 @@ class Learner:
         group=self._group,
         room=room,
       )
-    self._unembed = model.unembed
+    self._unembed = lab.model.unembed
     self._read = functools.partial(
       scores,
       self._apply,
@@ -108,7 +108,7 @@ class Learner:
     self._optimizers = {
       name: optax.chain(
         clip(rl.max_grad_norm),
-        optax.adamw(rate, b2=0.95, weight_decay=rl.weight_decay),
+        optax.adamw(_schedule(rate, rl), b2=0.95, weight_decay=rl.weight_decay),
       )
       for name, rate in zip(PARTS, rates, strict=True)
     }
@@ -383,6 +383,18 @@ def to_batch(lab: Lab, said: Dialogue) -> tuple[Batch, Callable]:
     reference_logprobs=jnp.zeros_like(old),
     line=flat(jnp.broadcast_to(line, mask.shape)),
   ), own
+
+
+def _schedule(rate: float, rl):
+  """The rate of an update: it rises over `rl.warmup`, and may fall to zero."""
+  updates = rl.steps * rl.epochs * rl.minibatches
+
+  def at(count):
+    risen = jnp.minimum(1.0, (count + 1) / max(rl.warmup, 1))
+    left = jnp.maximum(0.0, 1.0 - count / updates) if rl.decay else 1.0
+    return rate * risen * left
+
+  return at if rl.warmup or rl.decay else rate
 
 
 def _begin(optimizer, params):

@@ -1,6 +1,5 @@
 """The command line: flags and one call."""
 
-import contextlib
 import difflib
 import os
 import sys
@@ -243,12 +242,13 @@ def _train(job):
   from persona_jax import processes
 
   config, options = job
-  several = processes.joined(_tell) if options['distributed'] else None
-  with several or contextlib.nullcontext():
-    from persona_jax import study
+  with processes.joined(_tell, when=options['distributed']):
+    from persona_jax import judge, study
 
     _compile_cache()
-    done = study.train_only(config, options['workdir'], quiet=options['quiet'])
+    program = judge if 'judge' in config else study
+    workdir, quiet = options['workdir'], options['quiet']
+    done = program.train_only(config, workdir, quiet=quiet)
   if not processes.first():
     return
   last = done['steps'][-1]

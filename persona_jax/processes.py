@@ -48,12 +48,16 @@ def join():
 
 
 @contextlib.contextmanager
-def joined(tell: Callable[[Exception], None]):
+def joined(tell: Callable[[Exception], None], *, when: bool = True):
   """While it lasts this process is one of several; see `join`.
 
   An error is told of and ends the process at once: at a usual exit JAX waits
-  for the others, which may be waiting for this one.
+  for the others, which may be waiting for this one. With `when` False nothing
+  happens here.
   """
+  if not when:
+    yield
+    return
   join()
   try:
     yield

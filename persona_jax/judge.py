@@ -1,0 +1,238 @@
+"""Training of a judge: an adapter that says how a line stands to a persona.
+
+Rows hold dialogues of `text.judged`, side by side; after each of the speaker's
+lines the adapter learns to answer by one token.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from persona_jax import data, metrics, rewards, steps
+from persona_jax import workdir as owned
+from persona_jax.lab import Lab, open_lab
+from persona_jax.learn import Batch, logprobs, packing, sharding
+from persona_jax.learner import Learner
+from persona_jax.models import lora
+from persona_jax.text import judged, wording
+from persona_jax.text.chat import Chat
+from persona_jax.text.judged import RELATIONS, Judged
+
+
+class Encoded(NamedTuple):
+  """A dialogue as tokens, and where a verdict is said of its lines."""
+
+  ids: tuple[int, ...]
+  ends: tuple[int, ...]  # slots, of the first token after each own line
+  answers: tuple[int, ...]  # numbers of `RELATIONS`
+
+
+def run(lab: Lab, config, folder: Path, *, advance) -> steps.Result:
+  """Trains the adapter of `config.rl.adapter`; continues what `folder` holds.
+
+  Raises:
+    FloatingPointError: a loss or gradient is not finite.
+  """
+  answering = dataclasses.replace(
+    lab.model, unembed=logprobs.only(lab.model.unembed, answers(lab.chat))
+  )
+  learner = Learner(dataclasses.replace(lab, model=answering), config)
+  place = Place()
+
+  def resume(record):
+    nonlocal place
+    kept = record['place']
+    place = Place(**{**kept, 'waiting': tuple(kept['waiting'])})
+
+  def begin(step, states):
+    nonlocal place
+    first = place
+    rows, place = _drawn(lab.chat, config, first)
+    batch = _laid(rows, config)
+    where = sharding.batch_sharding(lab.mesh)
+    batch = jax.tree.map(
+      lambda x: jax.make_array_from_callback(x.shape, where, x.__getitem__),
+      batch,
+    )
+    count = sum(len(text.ends) for row in rows for text in row)
+    told = {
+      'judge/verdicts': float(count),
+      'judge/dialogues': float(place.next),
+      'judge/too_long': float(place.too_long),
+    }
+    kept = [{'place': x._asdict()} for x in (first, place)]
+    return Rows(batch, told, *kept)
+
+  return steps.run(
+    learner,
+    begin,
+    folder,
+    steps=config.rl.steps,
+    save_every=config.rl.save_every,
+    resume=resume,
+    advance=advance,
+  )
+
+
+def train_only(config, workdir, *, quiet: bool = False) -> dict:
+  """Trains the judge of a config; returns the metrics of its steps.
+
+  Raises:
+    ValueError: the workdir is another config's.
+  """
+  workdir = Path(workdir)
+  owned.claim(workdir, config)
+  lab = open_lab(config)
+  with metrics.progress('Judge', config.rl.steps, quiet=quiet) as advance:
+    result = run(lab, config, workdir / 'policies' / 'rl', advance=advance)
+  return {'steps': result.log}
+
+
+class Rows(NamedTuple):
+  """What one update reads."""
+
+  arrays: Batch
+  numbers: dict[str, float]
+  before: dict
+  after: dict
+
+  def batch(self, states):
+    """It, which is as it was given."""
+    del states
+    return self.arrays, jnp.ones((), bool)
+
+  def told(self):
+    """How many verdicts there are, and dialogues too long for a row."""
+    return self.numbers
+
+  def texts(self):
+    """None."""
+    return []
+
+
+def answers(chat: Chat) -> tuple[int, ...]:
+  """The tokens that mean each of `RELATIONS`.
+
+  Raises:
+    ValueError: two of them begin alike in this tokenizer.
+  """
+  found = tuple(chat.encode(word)[0] for word in wording.ANSWERS)
+  if len(set(found)) < len(found):
+    raise ValueError(
+      f'the answers {wording.ANSWERS} begin with the tokens {found}, which '
+      'are not all different; change wording.ANSWERS for this model.'
+    )
+  return found
+
+
+def encoded(chat: Chat, example: Judged) -> Encoded:
+  """A dialogue as its speaker's model reads it, to the end of the last line."""
+  frame = chat.frame()
+  ids, ends = list(chat.prompt_ids(example.system)), []
+  for n, line in enumerate(example.lines):
+    ids += chat.encode(line)
+    if n % 2:
+      ends.append(len(ids))
+    ids += frame.own_to_user if n % 2 else frame.user_to_own
+  told = tuple(map(RELATIONS.index, example.relations))
+  return Encoded(tuple(ids[: ends[-1] + 1]), tuple(ends), told)
+
+
+def made(lab: Lab, adapter) -> rewards.Trained:
+  """The judge that an adapter makes of a model."""
+  ids = lambda x: jnp.asarray(x, jnp.int32)
+  return rewards.Trained(
+    variables={**lab.model.variables, lora.COLLECTION: adapter},
+    frame=lab.frame,
+    neutral=ids(lab.chat.prompt_ids(wording.NEUTRAL)),
+    apply=lab.uncapped,
+    unembed=logprobs.only(lab.model.unembed, answers(lab.chat)),
+  )
+
+
+def dialogues(chat: Chat, examples: Iterable[Judged]):
+  """Examples as dialogues, for judges to score."""
+  examples = list(examples)
+  most = max(len(x.lines) for x in examples)
+  said = [x.lines + ('',) * (most - len(x.lines)) for x in examples]
+  prompt = data.padded([chat.prompt_ids(x.system) for x in examples])
+  return data.spoken(chat, said, prompt)
+
+
+class Place(NamedTuple):
+  """Where the drawing of dialogues is."""
+
+  next: int = 0
+  waiting: tuple[int, ...] = ()  # that did not fit into the rows before
+  too_long: int = 0  # for any row, so far
+
+
+def _drawn(chat, config, place: Place):
+  """Rows that are as good as full, and the place after them."""
+  room, count = config.judge.slots, config.rollout.batch
+  found, lengths, waiting, fresh, long = [], [], [], place.next, place.too_long
+  queue = list(place.waiting)
+  while len(waiting) < _WAITING:
+    if not queue:
+      queue, fresh = [fresh], fresh + 1
+    number = queue.pop(0)
+    text = encoded(chat, judged.made(number, seed=config.seed))
+    size = len(text.ids)
+    if size > room:
+      long += 1
+    elif len(packing.dealt([*lengths, size], room)) > count:
+      waiting.append(number)
+    else:
+      found.append(text)
+      lengths.append(size)
+  rows = [[found[i] for i in row] for row in packing.dealt(lengths, room)]
+  return rows, Place(fresh, (*waiting, *queue), long)
+
+
+_WAITING = 8  # dialogues that do not fit end a batch
+
+
+def _laid(rows, config) -> Batch:
+  """The arrays of rows of texts, one after the other."""
+  count, slots, most = (
+    config.rollout.batch,
+    config.judge.slots,
+    config.judge.verdicts,
+  )
+  whole, said = (count, slots), (count, most)
+  tokens = np.zeros(whole, np.int32)
+  positions = np.full(whole, -1, np.int32)
+  positions[:, 0] = 0  # attention over nothing is no number
+  before, actions = np.zeros(said, np.int32), np.zeros(said, np.int32)
+  mask, blank = np.zeros(said, bool), np.zeros(said, np.float32)
+  for i, row in enumerate(rows):
+    start = number = 0
+    for text in row:
+      stop, last = start + len(text.ids), number + len(text.ends)
+      if last > most:
+        raise ValueError(
+          f'a row of {slots} slots holds {last} verdicts or more, and '
+          f'judge.verdicts={most}; raise it.'
+        )
+      tokens[i, start:stop] = text.ids
+      positions[i, start:stop] = np.arange(len(text.ids))
+      before[i, number:last] = start + np.array(text.ends)
+      actions[i, number:last] = text.answers
+      mask[i, number:last] = True
+      start, number = stop, last
+  arrays = {
+    'tokens': tokens,
+    'positions': positions,
+    'before': before,
+    'actions': actions,
+    'mask': mask,
+    'advantages': blank,
+    'old_logprobs': blank,
+    'reference_logprobs': blank,
+  }
+  return Batch(**{name: jnp.asarray(x) for name, x in arrays.items()})

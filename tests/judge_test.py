@@ -1,0 +1,133 @@
+"""Training of a judge: what it reads, where it answers, and going on."""
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from study_test import folder  # noqa: F401 (a fixture)
+
+from persona_jax import dialogue as dialogues
+from persona_jax import judge, lab, learner, main, rewards, trees
+from persona_jax.dialogue import POLICY
+from persona_jax.models import adapter_file
+from persona_jax.text import judged
+
+
+@pytest.fixture(scope='module')
+def config(folder):  # noqa: F811
+  config = main.load_config('judge')
+  for field, value in {
+    'model': folder,
+    'judge.slots': 384,
+    'judge.verdicts': 24,
+    'rollout.batch': 2,
+    'rl.steps': 3,
+    'rl.save_every': 2,
+    'rl.adapter.rank': 2,
+    'rl.learning_rate': 0.01,
+  }.items():
+    main.override(config, field, str(value))
+  return config
+
+
+@pytest.fixture(scope='module')
+def opened(config):
+  return lab.open_lab(config)
+
+
+def _train(opened, config, place):
+  silent = lambda count=1: None
+  return judge.run(opened, config, place, advance=silent)
+
+
+def test_it_is_trained_on_what_it_will_read(opened):
+  examples = [judged.made(i) for i in range(12)]
+  said = judge.dialogues(opened.chat, examples)
+  view = dialogues.view(said, POLICY, opened.frame)
+  for b, example in enumerate(examples):
+    text = judge.encoded(opened.chat, example)
+    size = len(text.ids) - 1  # the view has nothing after the last line
+    assert view.tokens[b, :size].tolist() == list(text.ids[:size])
+    ends = view.before[b, 1::2, 0] + 1 + said.body[b, 1::2]
+    assert ends.tolist()[: len(text.ends)] == list(text.ends)
+    told = [judged.RELATIONS[answer] for answer in text.answers]
+    assert told == list(example.relations)
+
+
+def test_rows_hold_whole_dialogues(opened, config):
+  place, seen = judge.Place(), []
+  for _ in range(3):
+    rows, place = judge._drawn(opened.chat, config, place)
+    batch = judge._laid(rows, config)
+    assert len(rows) <= 2
+    texts = [text for row in rows for text in row]
+    assert batch.mask.sum() == sum(len(text.ends) for text in texts)
+    assert (batch.positions >= 0).sum() == sum(len(x.ids) for x in texts)
+    seen += texts
+    end = opened.chat.frame().own_to_user[0]
+    for row in range(2):
+      at = batch.before[row][batch.mask[row]]
+      assert (batch.tokens[row][at] == end).all()
+      told = [a for text in rows[row] for a in text.answers]
+      assert batch.actions[row][batch.mask[row]].tolist() == told
+  assert len(set(seen)) == len(seen)  # none twice
+  assert len(seen) + len(place.waiting) + place.too_long == place.next
+
+
+def test_it_learns_and_goes_on_where_it_was(opened, config, tmp_path):
+  whole = _train(opened, config, tmp_path / 'whole')
+  assert whole.log[-1]['loss'] < whole.log[0]['loss']
+  assert all(x['judge/verdicts'] > 0 for x in whole.log)
+  place = tmp_path / 'parts'
+  stopped = []
+
+  def stop(count=1):
+    stopped.append(count)
+    if len(stopped) == 2:  # the second step was told of and saved
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    judge.run(opened, config, place, advance=stop)
+  again = _train(opened, config, place)
+  same = [list(map(fakes.timeless, x.log)) for x in (again, whole)]
+  assert same[0] == same[1]
+  for name, leaf in trees.flatten(whole.policy['lora']).items():
+    other = trees.flatten(again.policy['lora'])[name]
+    np.testing.assert_array_equal(other, leaf, err_msg=name)
+  adapter = adapter_file.load(place / 'adapter', opened.model)
+  said = judge.dialogues(opened.chat, [judged.made(i) for i in range(3)])
+  odds = rewards.trained(judge.made(opened, adapter))(said)
+  assert np.isfinite(odds).all() and np.asarray(odds)[:, 1].all()
+
+
+def test_answers_must_differ(opened, monkeypatch):
+  monkeypatch.setattr(judge.wording, 'ANSWERS', ('Yes', 'Yes!', 'No'))
+  with pytest.raises(ValueError, match='not all different'):
+    judge.answers(opened.chat)
+
+
+def test_a_row_with_too_many_verdicts_is_named(opened, config):
+  rows, _ = judge._drawn(opened.chat, config, judge.Place())
+  config = config.copy_and_resolve_references()
+  main.override(config, 'judge.verdicts', '1')
+  with pytest.raises(ValueError, match='judge.verdicts=1; raise it'):
+    judge._laid(rows, config)
+
+
+def test_a_rate_rises_and_falls(config):
+  rl = config.copy_and_resolve_references().rl
+  with rl.unlocked():
+    rl.update(warmup=4, decay=True, steps=5, epochs=2, minibatches=1)
+  at = jax.vmap(learner._schedule(2.0, rl))(jnp.arange(11))
+  risen = [0.25, 0.5, 0.75, *[1.0] * 8]
+  want = 2.0 * np.array(risen) * np.linspace(1, 0, 11)
+  np.testing.assert_allclose(at, want, rtol=1e-6)
+  with rl.unlocked():
+    rl.update(warmup=0, decay=False)
+  assert learner._schedule(2.0, rl) == 2.0
+
+
+def test_an_unknown_size_is_named():
+  with pytest.raises(ValueError, match='judge:tiny is no size'):
+    main.load_config('judge:tiny')
