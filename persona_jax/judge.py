@@ -68,15 +68,7 @@ def run(lab: Lab, config, folder: Path, *, advance) -> steps.Result:
     kept = [{'place': x._asdict()} for x in (first, place)]
     return Rows(batch, told, *kept)
 
-  return steps.run(
-    learner,
-    begin,
-    folder,
-    steps=config.rl.steps,
-    save_every=config.rl.save_every,
-    resume=resume,
-    advance=advance,
-  )
+  return steps.run(learner, begin, folder, resume=resume, advance=advance)
 
 
 def train_only(config, workdir, *, quiet: bool = False) -> dict:

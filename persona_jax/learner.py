@@ -58,7 +58,7 @@ class Learner:
 
   def __init__(self, lab: Lab, config):
     rl = config.rl
-    self._lab, self._rl, self.model = lab, rl, lab.model
+    self._lab, self.rl, self.model = lab, rl, lab.model
     self._temperature = config.rollout.temperature
     self._algorithm = (learn.ALGORITHMS | learn.PREFERENCES)[rl.algorithm]
     if rl.algorithm in learn.PREFERENCES:
@@ -119,7 +119,7 @@ class Learner:
 
   def parts(self, step: int) -> list[np.ndarray]:
     """The rows of each update of a step."""
-    rl = self._rl
+    rl = self.rl
     size = self._lab.batch
     if rl.algorithm in learn.PREFERENCES:
       return [np.arange(size)]
@@ -131,7 +131,7 @@ class Learner:
 
     In a rollout both speakers read about what the policy reads.
     """
-    rl, needs = self._rl, self._needs
+    rl, needs = self.rl, self._needs
     rolls = isinstance(self._algorithm, learn.Algorithm)
     once = rolls * (2 + bool(rl.truncate)) + len(needs) + (ANCHOR in needs)
     whole = 1 + (CRITIC in needs) + (PROCESS in needs)
@@ -182,7 +182,7 @@ class Learner:
       states, told = self._compiled_update(states)(
         states, self.model.variables, batch, rows, fine
       )
-      if not self._rl.skip:
+      if not self.rl.skip:
         fine = told['step/fine']
       found.append(told)
     return states, Learned(found)
@@ -203,7 +203,7 @@ class Learner:
         for name, number in culprits.items()
         if (what := culprit(number, getattr(self._like, name)))
       ]
-      if wrong and not self._rl.skip:
+      if wrong and not self.rl.skip:
         raise FloatingPointError(
           f'{wrong[0]} is not finite in step {step + 1}, update {i + 1} of '
           f'{len(learned.found)}, which was left out; lower the learning rate, '
@@ -234,7 +234,7 @@ class Learner:
     return {**base, 'lora': lora.joined(params, self.trained.fixed)}
 
   def _prepare(self, states, base, said, rewards):
-    rl, needs = self._rl, self._needs
+    rl, needs = self.rl, self._needs
     batch, own = to_batch(self._lab, said)
     batch = jax.lax.with_sharding_constraint(
       batch, sharding.batch_sharding(self.mesh)
@@ -293,7 +293,7 @@ class Learner:
     return batch
 
   def _update(self, states, base, batch, rows, allowed):
-    rl, algorithm = self._rl, self._algorithm
+    rl, algorithm = self.rl, self._algorithm
     batch = jax.tree.map(lambda x: x[rows], batch)
     batch = jax.lax.with_sharding_constraint(
       batch, sharding.batch_sharding(self.mesh)

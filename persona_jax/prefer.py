@@ -55,8 +55,6 @@ def run(
     learner,
     begin,
     folder,
-    steps=config.rl.steps,
-    save_every=config.rl.save_every,
     resume=lambda record: feed.set_state(record['feed']),
     advance=advance,
   )

@@ -54,29 +54,25 @@ def run(
   begin: Callable[[int, States], Begun],
   folder: Path,
   *,
-  steps: int,
-  save_every: int,
   resume: Callable[[dict], Any] = lambda record: None,
   advance: Callable,
 ) -> Result:
-  """Takes `steps` steps; continues what `folder` holds.
+  """Takes `rl.steps` steps; continues what `folder` holds.
 
-  An adapter is also left there in PEFT's layout, but where projections are
-  fused (Phi).
+  Every `rl.save_every`th is saved, and the last. An adapter is also left there
+  in PEFT's layout, but where projections are fused (Phi).
 
   Args:
     learner: what learns.
     begin: what a step learns from, said without waiting for a device.
     folder: of checkpoints and metrics.
-    steps: in all.
-    save_every: steps between two checkpoints; the last step is saved too.
     resume: is told what a checkpoint kept of the last step's `Begun.after`.
     advance: is told of each step.
 
   Raises:
     FloatingPointError: a reward, loss or gradient is not finite.
   """
-  states, log = learner.init(), []
+  states, log, rl = learner.init(), [], learner.rl
   saved = Checkpoints(folder)
   found = saved.restore(states)
   if found is not None:
@@ -93,7 +89,7 @@ def run(
         guard.save()
       advance(1)
 
-    for number in range(len(log), steps):
+    for number in range(len(log), rl.steps):
       guard.heed()
       begun = begin(number, states)
       if last is not None:
@@ -102,7 +98,7 @@ def run(
       with guard.changing():
         batch, fine = begun.batch(states)
         states, learned = learner.learn(states, batch, number, fine)
-        due = number + 1 == steps or (number + 1) % save_every == 0
+        due = number + 1 == rl.steps or (number + 1) % rl.save_every == 0
         last = _Step(number, begun, learned, learner, meter, log, due)
         guard.offer(states, last.kept, soon=due)
     if last is not None:

@@ -39,14 +39,7 @@ def run(
     said = _rollout(lab, config, learner, step, states.policy.params)
     return Talk(lab, config, learner, terms, said, step, shuffle)
 
-  return steps.run(
-    learner,
-    begin,
-    folder,
-    steps=config.rl.steps,
-    save_every=config.rl.save_every,
-    advance=advance,
-  )
+  return steps.run(learner, begin, folder, advance=advance)
 
 
 class Talk:
