@@ -87,10 +87,42 @@ def test_untold_lines_are_judged_by_those_before():
       if relation == 'contradicts':
         assert name in ('denies', 'against')
         said.discard(fact)
-      if name in ('states', 'implies'):
+      if name == 'states':
         said.add(fact)
       seen[relation] += 1
   assert set(seen) == set(judged.RELATIONS)
+
+
+def test_what_is_neutral_is_told_of_nowhere():
+  values = list(itertools.chain(*facts.facts().values()))
+  kinds = {line: x.kind for x in values for line in (*x.states, *x.implies)}
+  told = {sentence: x.kind for x in values for sentence in x.fact}
+  short = {f': {x.short}': x.kind for x in values}
+  elsewhere = 0
+  for example in map(judged.made, range(1500)):
+    if not example.persona or 'elsewhere' not in example.kinds:
+      continue
+    said = {
+      kind
+      for sentence, kind in {**told, **short}.items()
+      if sentence in example.persona
+      or judged.first_person(sentence) in example.persona
+    }
+    assert said
+    for line, kind in zip(example.lines[1::2], example.kinds, strict=True):
+      if kind == 'elsewhere':
+        elsewhere += 1
+        assert not facts.apart(kinds[line]) & said, example
+  assert elsewhere > 100
+
+
+def test_who_is_who_is_told_where_it_matters():
+  for example in map(judged.made, range(800)):
+    if not example.persona or example.task == 'chat':
+      continue
+    if {'other_party', 'intention', 'role_break'} & set(example.kinds):
+      role = {'education': 'student', 'therapy': 'patient'}[example.task]
+      assert role in example.persona, example
 
 
 def test_a_persona_is_told_in_several_ways():

@@ -141,16 +141,20 @@ class _Maker:
   def example(self) -> Judged:
     rng = self._rng
     chosen = self._chosen(1 + int(rng.geometric(0.28)))
+    style = str(rng.choice(list(_STYLES), p=list(_STYLES.values())))
     count = int(rng.choice((1, 2, 3, 4, 5), p=(0.1, 0.2, 0.25, 0.25, 0.2)))
     if rng.random() < 0.15:
       return self._untold(chosen, max(count, 2))
+    if style == 'long':
+      chosen = self._filled(chosen)
     lines, kinds = [], []
     for _ in range(count):
       kind = self._kind(KINDS)
       fact = chosen[rng.integers(len(chosen))]
       kinds.append(self._say(lines, kind, fact, chosen))
     relations = tuple(KINDS[kind][0] for kind in kinds)
-    persona = self._persona(chosen)
+    placed = bool(_ASKS_ROLE & set(kinds))
+    persona = self._persona(chosen, style, placed=placed)
     return Judged(persona, self._task, tuple(lines), relations, tuple(kinds))
 
   def _untold(self, chosen, count) -> Judged:
@@ -159,11 +163,9 @@ class _Maker:
     for _ in range(count):
       kind = self._kind(BETWEEN)
       if not known and kind != 'small_talk':
-        kind = ('states', 'implies')[self._rng.integers(2)]
+        kind = 'states'  # what was only implied may not contradict a line
       new = (
-        kind in ('states', 'implies')
-        and chosen
-        and (not known or self._rng.random() < 0.3)
+        kind == 'states' and chosen and (not known or self._rng.random() < 0.3)
       )
       fact = chosen.pop() if new else None
       if fact is None and known:
@@ -237,9 +239,7 @@ class _Maker:
     return self._banked(kind)
 
   def _banked(self, kind):
-    role = {'education': 'student', 'therapy': 'patient'}.get(
-      self._task, 'chat'
-    )
+    role = _ROLES[self._task]
     name = {
       'small_talk': 'small_talk',
       'twin': 'first_person_twins',
@@ -274,33 +274,28 @@ class _Maker:
     lines = bank[f'partner_{_PARTNERS[self._task]}']
     return lines[rng.integers(len(lines))]
 
-  def _persona(self, chosen):
-    rng = self._rng
+  def _persona(self, chosen, style, *, placed):
+    """Facts in words; if `placed`, it is told who the speaker is there."""
+    rng, role = self._rng, _ROLES[self._task]
     order = [chosen[i] for i in rng.permutation(len(chosen))]
-    sentence = lambda fact: fact.fact[rng.integers(len(fact.fact))]
-    style = rng.choice(
-      ('told', 'list', 'own', 'long'), p=(0.5, 0.15, 0.2, 0.15)
-    )
-    who = {
-      'chat': ('', 'You chat with somebody you have just met.'),
-      'education': ('a student', 'You talk with your teacher.'),
-      'therapy': ('a patient', 'You talk with your therapist.'),
-    }[self._task]
-    intro = f'You are {self._name}' + (f', {who[0]}.' if who[0] else '.')
+    known = role != 'chat' and (placed or rng.random() < 0.8)
     if style == 'list':
+      head = [f'Name: {self._name}', *([f'Role: {role}'] if known else [])]
       rows = [f'- {x.kind.replace("_", " ")}: {x.short}' for x in order]
-      return '\n'.join([f'Name: {self._name}', *rows])
-    if style == 'long':
-      order = self._filled(order)
-    words = [intro] if rng.random() < 0.85 else []
-    words += [sentence(fact) for fact in order]
+      return '\n'.join(head + rows)
+    words = []
+    if known:
+      words.append(f'You are {self._name}, a {role}.')
+    elif rng.random() < 0.8:
+      words.append(f'You are {self._name}.')
+    words += [fact.fact[rng.integers(len(fact.fact))] for fact in order]
     if rng.random() < 0.4:
-      words.append(who[1])
+      words.append(_SCENES[self._task])
     text = ' '.join(words)
     return first_person(text) if style == 'own' else text
 
   def _filled(self, chosen):
-    """With facts that no line is about, up to some hundred words."""
+    """With more facts, up to some hundred words."""
     near = set().union(*(tables.apart(fact.kind) for fact in chosen))
     more, count = list(chosen), int(self._rng.integers(4, 12))
     for kind in self._rng.permutation(list(self._facts)):
@@ -308,8 +303,8 @@ class _Maker:
         break
       if kind not in near:
         more.append(self._value(str(kind)))
-        near.add(str(kind))
-    return [more[i] for i in self._rng.permutation(len(more))]
+        near |= tables.apart(str(kind))
+    return more
 
 
 def first_person(text: str) -> str:
@@ -321,6 +316,12 @@ def first_person(text: str) -> str:
 
 _ROLES = {'chat': 'chat', 'education': 'student', 'therapy': 'patient'}
 _PARTNERS = {'chat': 'chat', 'education': 'teacher', 'therapy': 'therapist'}
+_SCENES = {
+  'chat': 'You chat with somebody you have just met.',
+  'education': 'You talk with your teacher.',
+  'therapy': 'You talk with your therapist.',
+}
+_ASKS_ROLE = {'role_break', 'other_party', 'intention'}
 _STYLES = {'told': 0.5, 'list': 0.15, 'own': 0.2, 'long': 0.15}
 _ABOUT = ('states', 'implies', 'denies', 'against', 'near', 'other_value')
 _STUDENT = ('learning_style', 'attitude_to_school_subject')
