@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -223,9 +224,13 @@ class Guard:
         if jax.process_count() > 1:
           continue
         with self._lock:
-          self._write()
-          self._saved.close()
-          os._exit(TERMINATED)
+          try:
+            self._write()
+            self._saved.close()
+          except BaseException as error:  # nobody else would tell of it
+            traceback.print_exception(error)
+          finally:
+            os._exit(TERMINATED)
     os.close(self._reads)
     os.close(self._writes)
 

@@ -93,6 +93,9 @@ class Rows(NamedTuple):
   before: dict
   after: dict
 
+  def wait(self):
+    """It is there."""
+
   def batch(self, states):
     """It, which is as it was given."""
     del states

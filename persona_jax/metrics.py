@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,22 @@ def progress(title: str, total: int, *, quiet: bool = False):
 class Scribe:
   """Writes the metrics of each step: `metrics.jsonl`, and TensorBoard events.
 
-  Steps after the first `done` that an earlier start has written are dropped, as
-  they are taken again. With `wandb` in the environment variable
-  `PERSONA_JAX_METRICS`, Weights & Biases is told too. Of several processes the
-  first writes.
+  The steps of `log` are in them from the start; what an earlier start wrote
+  after those is dropped, as it is taken again. With `wandb` in the environment
+  variable `PERSONA_JAX_METRICS`, Weights & Biases is told too. Of several
+  processes the first writes.
   """
 
-  def __init__(self, folder: Path, done: int = 0):
+  def __init__(self, folder: Path, log: Sequence[dict] = ()):
     self._path, self._folder = folder / 'metrics.jsonl', folder
-    self._done, self._writes = done, processes.first()
+    self._writes = processes.first()
     if not self._writes:
       return
-    lines = []
-    if self._path.exists():
-      lines = self._path.read_text(encoding='utf-8').splitlines()[:done]
-    text = ''.join(f'{line}\n' for line in lines)
+    there = 0
+    if self._path.exists():  # a line that was cut short has no end
+      there = self._path.read_bytes().count(b'\n')
+    self._told, self._missing = log[:there], log[there:]
+    text = ''.join(_line(record) for record in self._told)
     replace(self._path, lambda fresh: fresh.write_text(text, encoding='utf-8'))
 
   def __enter__(self):
@@ -57,9 +59,11 @@ class Scribe:
     from tensorboardX import SummaryWriter
 
     self._board = SummaryWriter(
-      str(self._folder / 'events'), purge_step=self._done + 1
+      str(self._folder / 'events'), purge_step=len(self._told) + 1
     )
     self._wandb = _wandb(self._folder)
+    for record in self._missing:
+      self.write(record)
     return self
 
   def __exit__(self, *_):
@@ -76,7 +80,7 @@ class Scribe:
     record = plain(record)
     step = record['step']
     with self._path.open('a', encoding='utf-8') as file:
-      file.write(json.dumps(record, allow_nan=False) + '\n')
+      file.write(_line(record))
     numbers = {k: x for k, x in record.items() if x is not None and k != 'step'}
     for name, value in numbers.items():
       self._board.add_scalar(name, value, step)
@@ -86,6 +90,10 @@ class Scribe:
     self._board.flush()
     if self._wandb is not None:
       self._wandb.log(numbers, step=step)
+
+
+def _line(record):
+  return json.dumps(plain(record), allow_nan=False) + '\n'
 
 
 def _wandb(folder):

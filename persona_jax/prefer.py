@@ -69,6 +69,9 @@ class Given(NamedTuple):
   before: dict
   after: dict
 
+  def wait(self):
+    """They are there."""
+
   def batch(self, states):
     """The replies with what the loss asks of them."""
     batch = self.learner.given(states, self.own, self.others)

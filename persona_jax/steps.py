@@ -6,6 +6,7 @@ the metrics of the step before are read, written and saved.
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -30,13 +31,16 @@ class Result(NamedTuple):
 
 @runtime_checkable
 class Begun(Protocol):
-  """What a step learns from, on its way: only `told` and `texts` wait."""
+  """What a step learns from, on its way; to begin one waits for no device."""
 
   before: dict  # what a checkpoint keeps of where it came from
   after: dict  # and when it was learned from
 
+  def wait(self):
+    """Waits until it is there."""
+
   def batch(self, states: States) -> tuple[Batch, jax.Array]:
-    """A batch, and whether it may be learned from."""
+    """A batch, and whether it may be learned from; both on their way."""
 
   def told(self) -> dict[str, float]:
     """Numbers of what was learned from.
@@ -80,7 +84,7 @@ def run(
     resume(found.record)
     advance(len(log))
   meter, last = learner.meter(), None
-  with Guard(saved) as guard, Scribe(folder, len(log)) as scribe:
+  with Guard(saved) as guard, Scribe(folder, log) as scribe:
 
     def tell(step):
       log.append(step.record)
@@ -94,6 +98,7 @@ def run(
       begun = begin(number, states)
       if last is not None:
         tell(last)
+      begun.wait()  # till then SIGTERM saves what is there
       guard.heed()
       with guard.changing():
         batch, fine = begun.batch(states)
@@ -117,10 +122,16 @@ class _Step:
   meter: Meter
   log: list[dict]
   due: bool  # it is to be saved
+  lock: Any = dataclasses.field(default_factory=threading.Lock)
 
-  @functools.cached_property
+  @property
   def record(self) -> dict[str, float]:
     """All that is known of it; raises what `told` raises."""
+    with self.lock:  # the thread that SIGTERM wakes may ask too
+      return self._record
+
+  @functools.cached_property
+  def _record(self):
     about = self.begun.told()
     learned = self.learner.told(self.learned, self.number)
     return {

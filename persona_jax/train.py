@@ -51,6 +51,10 @@ class Talk:
     self._step, self._shuffle = step, shuffle
     self.before = self.after = {}
 
+  def wait(self):
+    """Until all is said."""
+    jax.block_until_ready(self._said)
+
   def batch(self, states):
     """What the policy said, to learn from where all rewards are finite."""
     values, self._means = _judged(self._lab, self._terms, self._said)

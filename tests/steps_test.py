@@ -2,6 +2,7 @@
 
 import json
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from study_test import config, folder  # noqa: F401 (fixtures)
 
 from persona_jax import chips, lab, main, meter, train, trees
-from persona_jax.checkpoint import Checkpoints
+from persona_jax.checkpoint import Checkpoints, Guard
 from persona_jax.learn import Batch
 from persona_jax.learner import Learner
 from persona_jax.meter import Meter, Passes, Work
@@ -172,11 +173,39 @@ def test_a_reward_that_is_not_finite_is_named(
     np.testing.assert_array_equal(after[name], leaf, err_msg=name)
 
 
+def test_a_run_that_is_told_to_end_tells_of_its_step_later(
+  config,  # noqa: F811
+  opened,
+  tmp_path,
+  monkeypatch,
+):
+  config = _config(config, steps=4)  # noqa: F811
+  whole = _train(opened, config, tmp_path / 'whole')
+  place, real, calls = tmp_path / 'ended', Guard.heed, []
+
+  def heed(self):
+    calls.append(len(calls))
+    if len(calls) == 5:  # before the third step, the second not yet told of
+      self.save()
+      raise SystemExit
+    real(self)
+
+  monkeypatch.setattr(Guard, 'heed', heed)
+  with pytest.raises(SystemExit):
+    _train(opened, config, place)
+  assert _saved(place) == [2]
+  again = _train(opened, config, place)
+  timeless = lambda log: list(map(fakes.timeless, log))
+  assert timeless(again.log) == timeless(whole.log)
+  lines = (place / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(x)['step'] for x in lines] == [1, 2, 3, 4]
+
+
 # The pace of a step.
 
 
 def test_work_is_counted_without_padding():
-  positions = jnp.array([[0, 1, 2, -1, -1], [0, 1, 2, 3, 4]])
+  positions = jnp.array([[0, 1, 2, -1, -1], [0, 1, 2, 0, 1]])  # two in a row
   blank = jnp.zeros((2, 3))
   batch = Batch(
     tokens=positions,
@@ -197,7 +226,7 @@ def test_utilisation_is_of_the_peak_of_all_chips(opened, monkeypatch):
   monkeypatch.setattr(meter.time, 'monotonic', lambda: next(clock))
   monkeypatch.setattr(meter.chips, 'of', lambda kind: chips.CHIPS['v5p'])
   model = opened.model.config
-  ruler = Meter(model, Passes(once=3, learned=3), epochs=2)
+  ruler = Meter(model, Passes(once=3, learned=3, logits=7), epochs=2)
   told = ruler.read(Work(tokens=20.0, pairs=0.0, learned=0.0))
   assert told['pace/seconds'] == 2.0 and told['pace/tokens'] == 5.0
   leaves = trees.flatten(opened.model.variables['params'])
@@ -212,7 +241,7 @@ def test_utilisation_is_of_the_peak_of_all_chips(opened, monkeypatch):
   assert told['pace/mfu'] == pytest.approx(flops / peak)
   heard = ruler.read(Work(tokens=0.0, pairs=6.0, learned=4.0))
   width = model.heads * model.head_dim
-  logits = 4 * 2 * model.vocab * model.features
+  logits = 4 * 2 * 7 * model.features
   pairs = 6 * model.layers * (2 * width + 2 * width)
   assert heard['pace/seconds'] == 4.0
   assert heard['pace/tflops'] * 1e12 == pytest.approx(
