@@ -104,11 +104,14 @@ class Learner:
       temperature=self._temperature,
       held=rl.held,
     )
+    updates = rl.steps * len(self.parts(0))
     rates = (rl.learning_rate, rl.critic_rate, rl.process_rate)
     self._optimizers = {
       name: optax.chain(
         clip(rl.max_grad_norm),
-        optax.adamw(_schedule(rate, rl), b2=0.95, weight_decay=rl.weight_decay),
+        optax.adamw(
+          _schedule(rate, rl, updates), b2=0.95, weight_decay=rl.weight_decay
+        ),
       )
       for name, rate in zip(PARTS, rates, strict=True)
     }
@@ -138,7 +141,12 @@ class Learner:
     # What an adapter is beside has no gradient of its own.
     learned = 3 * whole - (self.trained.collection == 'lora')
     epochs = rl.epochs if rolls else 1
-    return Meter(self.model.config, Passes(once, learned), epochs)
+    hidden = jax.ShapeDtypeStruct(
+      (1, 1, self.model.config.features), jnp.float32
+    )
+    logits = jax.eval_shape(self._unembed, self.model.variables, hidden)
+    passes = Passes(once, learned, logits.shape[-1])
+    return Meter(self.model.config, passes, epochs)
 
   def init(self) -> States:
     """The states before the first step, each in its place."""
@@ -385,9 +393,8 @@ def to_batch(lab: Lab, said: Dialogue) -> tuple[Batch, Callable]:
   ), own
 
 
-def _schedule(rate: float, rl):
-  """The rate of an update: it rises over `rl.warmup`, and may fall to zero."""
-  updates = rl.steps * rl.epochs * rl.minibatches
+def _schedule(rate: float, rl, updates: int):
+  """The rate of an update: it rises over `rl.warmup` and may fall after."""
 
   def at(count):
     risen = jnp.minimum(1.0, (count + 1) / max(rl.warmup, 1))

@@ -20,11 +20,10 @@ class Work(NamedTuple):
 
 def work(batch) -> Work:
   """The work of one update."""
-  slots = (batch.positions >= 0).reshape(-1, batch.positions.shape[-1])
-  count = jnp.sum(slots, axis=1, dtype=jnp.float32)
+  seen = jnp.maximum(batch.positions + 1, 0)  # by each token, itself too
   return Work(
-    tokens=jnp.sum(count),
-    pairs=jnp.sum(count * (count + 1)) / 2,
+    tokens=jnp.sum(seen > 0, dtype=jnp.float32),
+    pairs=jnp.sum(seen, dtype=jnp.float32),
     learned=jnp.sum(batch.mask, dtype=jnp.float32),
   )
 
@@ -59,6 +58,7 @@ class Passes(NamedTuple):
 
   once: float  # over all that was said
   learned: float  # in every update
+  logits: int  # of a token that is predicted
 
 
 class Meter:
@@ -79,7 +79,8 @@ class Meter:
     now = time.monotonic()
     seconds, self._last = now - self._last, now
     passes = self._passes.once / self._epochs + self._passes.learned
-    flops = passes * _forward(self._config, work) / seconds
+    logits = self._passes.logits
+    flops = passes * _forward(self._config, work, logits) / seconds
     found = {
       'pace/seconds': seconds,
       'pace/tokens': work.tokens / self._epochs / seconds,
@@ -91,13 +92,13 @@ class Meter:
     return found
 
 
-def _forward(config, work):
+def _forward(config, work, logits):
   """FLOPs of one pass over what was learned from."""
   weights = costs.products(config).all * config.layers
   heard = 2 * config.heads * config.head_dim * config.layers
-  logits = config.vocab * config.features
+  said = logits * config.features
   return 2.0 * (
-    work.tokens * weights + work.pairs * heard + work.learned * logits
+    work.tokens * weights + work.pairs * heard + work.learned * said
   )
 
 

@@ -118,14 +118,14 @@ def test_a_row_with_too_many_verdicts_is_named(opened, config):
 def test_a_rate_rises_and_falls(config):
   rl = config.copy_and_resolve_references().rl
   with rl.unlocked():
-    rl.update(warmup=4, decay=True, steps=5, epochs=2, minibatches=1)
-  at = jax.vmap(learner._schedule(2.0, rl))(jnp.arange(11))
+    rl.update(warmup=4, decay=True)
+  at = jax.vmap(learner._schedule(2.0, rl, 10))(jnp.arange(11))
   risen = [0.25, 0.5, 0.75, *[1.0] * 8]
   want = 2.0 * np.array(risen) * np.linspace(1, 0, 11)
   np.testing.assert_allclose(at, want, rtol=1e-6)
   with rl.unlocked():
     rl.update(warmup=0, decay=False)
-  assert learner._schedule(2.0, rl) == 2.0
+  assert learner._schedule(2.0, rl, 10) == 2.0
 
 
 def test_an_unknown_size_is_named():
