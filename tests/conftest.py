@@ -1,6 +1,8 @@
 """What every test shares: a strict JAX, a key, the real model."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -9,6 +11,10 @@ import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
+# Many tests compile the same programs, in two workers.
+_programs = Path(tempfile.gettempdir(), f'persona_jax_tests_{os.getuid()}')
+jax.config.update('jax_compilation_cache_dir', str(_programs))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 @pytest.fixture

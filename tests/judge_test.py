@@ -75,9 +75,19 @@ def test_rows_hold_whole_dialogues(opened, config):
   assert len(seen) + len(place.waiting) + place.too_long == place.next
 
 
-def test_it_learns_and_goes_on_where_it_was(opened, config, tmp_path):
+def test_it_learns_what_it_is_shown(opened, config, tmp_path, monkeypatch):
+  config = config.copy_and_resolve_references()
+  for field, value in {'steps': 20, 'warmup': 0, 'learning_rate': 0.03}.items():
+    main.override(config, f'rl.{field}', str(value))
+  made = judged.made
+  again = lambda index, seed: made(index % 3, seed=seed)
+  monkeypatch.setattr(judge.judged, 'made', again)
+  found = _train(opened, config, tmp_path)
+  assert found.log[-1]['loss'] < found.log[0]['loss'] - 0.1
+
+
+def test_it_goes_on_where_it_was(opened, config, tmp_path):
   whole = _train(opened, config, tmp_path / 'whole')
-  assert whole.log[-1]['loss'] < whole.log[0]['loss']
   assert all(x['judge/verdicts'] > 0 for x in whole.log)
   place = tmp_path / 'parts'
   stopped = []

@@ -54,7 +54,10 @@ def start(tmp_path):
     )
     return process, logs
 
-  return start
+  # Tests that run in the background are deaf to it, and so would children be.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield start
+  signal.signal(signal.SIGINT, before)
 
 
 def put(path, text):
