@@ -4,17 +4,15 @@ from persona_jax import main
 
 
 def get_config(arg: str = 'laptop'):
-  """`laptop` for two CPU cores, about an hour; `full` for one GPU."""
+  """`laptop` for two CPU cores, some hours; `full` for one GPU."""
   c = main.load_config('study')
   with c.unlocked():
     c.name = f'judge:{arg}'
-    c.judge = dict(
-      slots=384,  # of a row, which holds several dialogues
-      verdicts=64,  # most in a row
-    )
+    c.judge = dict(slots=384)  # of a row, which holds several dialogues
     c.rollout.batch = 4  # rows of an update
     c.rl.update(
       algorithm='sft',
+      group=1,
       steps=600,
       learning_rate=5e-4,
       warmup=20,

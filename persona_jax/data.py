@@ -1,6 +1,7 @@
 """From words to arrays: scenarios, judges' tokens, labelled dialogues."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -208,7 +209,7 @@ def texts(chat: Chat, dialogue: Dialogue) -> list[list[str]]:
 
 
 def padded(
-  rows: list[list[int]], size: int | None = None
+  rows: Sequence[Sequence[int]], size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
   """Token lists as `[B size]`, by default the longest, and their lengths."""
   length = np.array([len(row) for row in rows], np.int32)

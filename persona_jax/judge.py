@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from persona_jax import data, metrics, rewards, steps
+from persona_jax import checks, data, metrics, rewards, steps
 from persona_jax import workdir as owned
 from persona_jax.lab import Lab, open_lab
 from persona_jax.learn import Batch, logprobs, packing, sharding
@@ -52,16 +52,15 @@ def run(lab: Lab, config, folder: Path, *, advance) -> steps.Result:
   def begin(step, states):
     nonlocal place
     first = place
-    rows, place = _drawn(lab.chat, config, first)
-    batch = _laid(rows, config)
+    texts, place = _drawn(lab.chat, config, first)
+    batch = _laid(texts, config)
     where = sharding.batch_sharding(lab.mesh)
     batch = jax.tree.map(
       lambda x: jax.make_array_from_callback(x.shape, where, x.__getitem__),
       batch,
     )
-    count = sum(len(text.ends) for row in rows for text in row)
     told = {
-      'judge/verdicts': float(count),
+      'judge/verdicts': float(sum(len(text.ends) for text in texts)),
       'judge/dialogues': float(place.next),
       'judge/too_long': float(place.too_long),
     }
@@ -75,8 +74,9 @@ def train_only(config, workdir, *, quiet: bool = False) -> dict:
   """Trains the judge of a config; returns the metrics of its steps.
 
   Raises:
-    ValueError: the workdir is another config's.
+    ValueError: the config is out of range, or the workdir is another's.
   """
+  checks.check(config)
   workdir = Path(workdir)
   owned.claim(workdir, config)
   lab = open_lab(config)
@@ -167,67 +167,46 @@ class Place(NamedTuple):
   too_long: int = 0  # for any row, so far
 
 
-def _drawn(chat, config, place: Place):
-  """Rows that are as good as full, and the place after them."""
+def _drawn(chat, config, place: Place) -> tuple[list[Encoded], Place]:
+  """Dialogues that fill the rows of an update, and the place after them."""
   room, count = config.judge.slots, config.rollout.batch
-  found, lengths, waiting, fresh, long = [], [], [], place.next, place.too_long
+  found, waiting, fresh, long = [], [], place.next, place.too_long
   queue = list(place.waiting)
   while len(waiting) < _WAITING:
     if not queue:
       queue, fresh = [fresh], fresh + 1
     number = queue.pop(0)
     text = encoded(chat, judged.made(number, seed=config.seed))
-    size = len(text.ids)
-    if size > room:
+    lengths = [len(x.ids) for x in (*found, text)]
+    if lengths[-1] > room:
       long += 1
-    elif len(packing.dealt([*lengths, size], room)) > count:
+    elif len(packing.dealt(lengths, room)) > count:
       waiting.append(number)
     else:
       found.append(text)
-      lengths.append(size)
-  rows = [[found[i] for i in row] for row in packing.dealt(lengths, room)]
-  return rows, Place(fresh, (*waiting, *queue), long)
+  return found, Place(fresh, (*waiting, *queue), long)
 
 
 _WAITING = 8  # dialogues that do not fit end a batch
 
 
-def _laid(rows, config) -> Batch:
-  """The arrays of rows of texts, one after the other."""
-  count, slots, most = (
-    config.rollout.batch,
-    config.judge.slots,
-    config.judge.verdicts,
+def _laid(texts: list[Encoded], config) -> Batch:
+  """The arrays of texts, several in a row."""
+  tokens, length = data.padded([text.ids for text in texts])
+  before, count = data.padded([text.ends for text in texts])
+  actions, _ = data.padded([text.answers for text in texts])
+  slot, number = np.arange(tokens.shape[1]), np.arange(before.shape[1])
+  mask = number < count[:, None]
+  blank = jnp.zeros(mask.shape)
+  batch = Batch(
+    tokens=jnp.asarray(tokens),
+    positions=jnp.asarray(np.where(slot < length[:, None], slot, -1)),
+    before=jnp.asarray(before),
+    actions=jnp.asarray(actions),
+    mask=jnp.asarray(mask),
+    advantages=blank,
+    old_logprobs=blank,
+    reference_logprobs=blank,
   )
-  whole, said = (count, slots), (count, most)
-  tokens = np.zeros(whole, np.int32)
-  positions = np.full(whole, -1, np.int32)
-  positions[:, 0] = 0  # attention over nothing is no number
-  before, actions = np.zeros(said, np.int32), np.zeros(said, np.int32)
-  mask, blank = np.zeros(said, bool), np.zeros(said, np.float32)
-  for i, row in enumerate(rows):
-    start = number = 0
-    for text in row:
-      stop, last = start + len(text.ids), number + len(text.ends)
-      if last > most:
-        raise ValueError(
-          f'a row of {slots} slots holds {last} verdicts or more, and '
-          f'judge.verdicts={most}; raise it.'
-        )
-      tokens[i, start:stop] = text.ids
-      positions[i, start:stop] = np.arange(len(text.ids))
-      before[i, number:last] = start + np.array(text.ends)
-      actions[i, number:last] = text.answers
-      mask[i, number:last] = True
-      start, number = stop, last
-  arrays = {
-    'tokens': tokens,
-    'positions': positions,
-    'before': before,
-    'actions': actions,
-    'mask': mask,
-    'advantages': blank,
-    'old_logprobs': blank,
-    'reference_logprobs': blank,
-  }
-  return Batch(**{name: jnp.asarray(x) for name, x in arrays.items()})
+  size = {'slots': config.judge.slots, 'rows': config.rollout.batch}
+  return packing.pack(batch, blank, **size).batch

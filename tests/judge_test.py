@@ -20,7 +20,6 @@ def config(folder):  # noqa: F811
   for field, value in {
     'model': folder,
     'judge.slots': 384,
-    'judge.verdicts': 24,
     'rollout.batch': 2,
     'rl.steps': 3,
     'rl.save_every': 2,
@@ -58,10 +57,9 @@ def test_it_is_trained_on_what_it_will_read(opened):
 def test_rows_hold_whole_dialogues(opened, config):
   place, seen = judge.Place(), []
   for _ in range(3):
-    rows, place = judge._drawn(opened.chat, config, place)
-    batch = judge._laid(rows, config)
-    assert len(rows) <= 2
-    texts = [text for row in rows for text in row]
+    texts, place = judge._drawn(opened.chat, config, place)
+    batch = judge._laid(texts, config)
+    assert batch.tokens.shape == (2, 384)
     assert batch.mask.sum() == sum(len(text.ends) for text in texts)
     assert (batch.positions >= 0).sum() == sum(len(x.ids) for x in texts)
     seen += texts
@@ -69,8 +67,13 @@ def test_rows_hold_whole_dialogues(opened, config):
     for row in range(2):
       at = batch.before[row][batch.mask[row]]
       assert (batch.tokens[row][at] == end).all()
-      told = [a for text in rows[row] for a in text.answers]
-      assert batch.actions[row][batch.mask[row]].tolist() == told
+      starts = np.flatnonzero(np.asarray(batch.positions[row]) == 0)
+      for start, stop in zip(starts, [*starts[1:], 384], strict=True):
+        ids = batch.tokens[row, start:stop].tolist()
+        [text] = [x for x in texts if list(x.ids) == ids[: len(x.ids)]]
+        inside = batch.mask[row] & (start <= batch.before[row])
+        inside &= batch.before[row] < stop
+        assert batch.actions[row][inside].tolist() == list(text.answers)
   assert len(set(seen)) == len(seen)  # none twice
   assert len(seen) + len(place.waiting) + place.too_long == place.next
 
@@ -115,14 +118,6 @@ def test_answers_must_differ(opened, monkeypatch):
   monkeypatch.setattr(judge.wording, 'ANSWERS', ('Yes', 'Yes!', 'No'))
   with pytest.raises(ValueError, match='not all different'):
     judge.answers(opened.chat)
-
-
-def test_a_row_with_too_many_verdicts_is_named(opened, config):
-  rows, _ = judge._drawn(opened.chat, config, judge.Place())
-  config = config.copy_and_resolve_references()
-  main.override(config, 'judge.verdicts', '1')
-  with pytest.raises(ValueError, match='judge.verdicts=1; raise it'):
-    judge._laid(rows, config)
 
 
 def test_a_rate_rises_and_falls(config):
