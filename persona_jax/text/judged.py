@@ -32,16 +32,14 @@ KINDS = {  # of lines: their relation, and how often they are drawn
   'intention': ('contradicts', 3),
 }
 BETWEEN = ('states', 'implies', 'near', 'small_talk', 'denies', 'against')
-NAMES = (  # and whether of a woman
-  *((name, True) for name in 'Ada Amira Anneke Bea Carmen Dagny Elif'.split()),
-  *((name, True) for name in 'Farah Greta Hana Ines Joyce Kavya Lena'.split()),
-  *((name, True) for name in 'Marisol Nadia Oona Petra Rosalind Sina'.split()),
-  *((name, True) for name in 'Tamsin Uma Vera Wanda Yuki Zofia'.split()),
-  *((name, False) for name in 'Aaron Bruno Cyril Dmitri Edgar Felix'.split()),
-  *((name, False) for name in 'Goran Henrik Ivo Jasper Kofi Luis'.split()),
-  *((name, False) for name in 'Magnus Nikhil Otis Pavel Quentin'.split()),
-  *((name, False) for name in 'Rafael Samir Tobias Viktor Walt Yusuf'.split()),
-)
+WOMEN = (
+  'Ada Amira Anneke Bea Carmen Dagny Elif Farah Greta Hana Ines Joyce Kavya '
+  'Lena Marisol Nadia Oona Petra Rosalind Sina Tamsin Uma Vera Wanda Yuki Zofia'
+).split()
+MEN = (
+  'Aaron Bruno Cyril Dmitri Edgar Felix Goran Henrik Ivo Jasper Kofi Luis '
+  'Magnus Nikhil Otis Pavel Quentin Rafael Samir Tobias Viktor Walt Yusuf'
+).split()
 
 
 class Judged(NamedTuple):
@@ -135,7 +133,7 @@ class _Maker:
     wanted = held if split == 'calibration' else set(tables.facts()) - held
     self._facts = {k: x for k, x in tables.facts().items() if k in wanted}
     self._task = TASKS[rng.choice(3, p=(0.5, 0.25, 0.25))]
-    self._name, self._woman = NAMES[rng.integers(len(NAMES))]
+    self._name = (WOMEN + MEN)[rng.integers(len(WOMEN + MEN))]
     self._said = set()
 
   def example(self) -> Judged:
@@ -196,7 +194,7 @@ class _Maker:
     return names[self._rng.choice(len(names), p=weights / weights.sum())]
 
   def _chosen(self, count) -> list[Fact]:
-    """Facts that do not touch on each other, most about one person."""
+    """Facts that do not touch on each other."""
     found, near = [], set()
     kinds = list(self._facts)
     first = {'education': _STUDENT, 'therapy': _PATIENT}.get(self._task, ())
@@ -248,7 +246,7 @@ class _Maker:
     if kind == 'small_talk' and role != 'chat' and self._rng.random() < 0.5:
       name = f'role_fit_{role}'
     line = self._one(self._bank[name])
-    they, their = ('she', 'her') if self._woman else ('he', 'his')
+    they, their = ('she', 'her') if self._name in WOMEN else ('he', 'his')
     holes = {'{name}': self._name, '{they}': they, '{their}': their}
     for hole, word in holes.items():
       line = line and line.replace(hole, word)
