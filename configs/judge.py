@@ -13,7 +13,7 @@ def get_config(arg: str = 'laptop'):
     c.rl.update(
       algorithm='sft',
       group=1,
-      steps=600,
+      steps=1000,
       learning_rate=5e-4,
       warmup=20,
       decay=True,
