@@ -1,22 +1,16 @@
 """The end of a study: one page to read, and one screen for the terminal."""
 
-import io
-import math
-import re
 import shutil
 import textwrap
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
-import matplotlib
 from markupsafe import Markup
 from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
-from persona_jax import metrics
+from persona_jax import metrics, pages
 from persona_jax.analysis import looks, plots
 
 PARTS = ('about', 'times', 'space', 'judges', 'rl', 'arms', 'effects', 'answer')
@@ -28,7 +22,6 @@ SLOPES = {'slope/inconsistency': 'inconsistency/global/likelihood'}
 RL_ARMS = ('base/free', 'rl/free', 'shuffled/free')
 CAP_ARMS = ('base/free', 'base/capped', 'base/random', 'rl/free', 'rl/capped')
 SCREEN = (24, 100)  # lines and columns of the terminal's answer
-_NAMED = re.compile(r'<g id="[\w.]+">')  # names that repeat from svg to svg
 
 
 def write(results: dict, path: str | Path):
@@ -39,32 +32,19 @@ def write(results: dict, path: str | Path):
 
 def render(results: dict) -> str:
   """The page; parts that `results` lacks are left out."""
-  environment = jinja2.Environment(
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-  )
   parts = {part: results.get(part) or {} for part in PARTS}
   judges = parts['judges']
-  environment.globals |= parts | {
-    'badges': lambda *names: badges(judges, names),
-    'flat': flat,
-    'gain': gain,
-    'looks': looks,
-    'pictures': pictures(parts),
-    'side': side,
-    'valid': valid,
-  }
-  environment.filters |= {
-    'bounds': bounds,
-    'duration': duration,
-    'interval': interval,
-    'mean': mean,
-    'number': number,
-  }
-  page = resources.files('persona_jax') / 'report.html.jinja'
-  return environment.from_string(page.read_text('utf-8')).render()
+  return pages.page(
+    'report.html.jinja',
+    **parts,
+    badges=lambda *names: badges(judges, names),
+    flat=flat,
+    gain=gain,
+    looks=looks,
+    pictures=pictures(parts),
+    side=side,
+    valid=valid,
+  )
 
 
 def pictures(parts: dict) -> dict[str, Markup]:
@@ -91,23 +71,7 @@ def pictures(parts: dict) -> dict[str, Markup]:
     figures['rl'] = plots.drift(only(RL_ARMS))
   if 'base/capped' in arms or 'rl/capped' in arms:
     figures['cap'] = plots.drift(only(CAP_ARMS))
-  return {name: svg(figure) for name, figure in figures.items() if figure}
-
-
-def svg(figure) -> Markup:
-  """A figure as SVG whose text is text and whose colours are the page's."""
-  text = io.StringIO()
-  unsigned = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
-  with matplotlib.rc_context(
-    {'svg.fonttype': 'none', 'svg.hashsalt': 'persona_jax'}
-  ):
-    figure.savefig(text, format='svg', transparent=True, metadata=unsigned)
-  drawn = _NAMED.sub('<g>', text.getvalue())
-  drawn = drawn[drawn.index('<svg') :].replace('xlink:href', 'href')
-  drawn = re.sub(r' xmlns(:xlink)?="[^"]*"', '', drawn)
-  for name, colour in looks.COLOURS.items():
-    drawn = drawn.replace(colour, f'var(--{name})')
-  return Markup(drawn)
+  return {name: pages.svg(figure) for name, figure in figures.items() if figure}
 
 
 class Badge(NamedTuple):
@@ -133,7 +97,7 @@ def badge(judges: dict, task: str, judge: str) -> Badge:
   if not record:
     return Badge(f'{judge} judge: not calibrated', False)
   what = {'prompt_to_line': 'lines', 'line_to_line': 'pairs'}[task]
-  area = f'AUC {interval(record["auc"])}'
+  area = f'AUC {pages.interval(record["auc"])}'
   text = f'{judge} judge: {area} on {record["labelled"]} labelled {what}'
   if valid(record):
     return Badge(text, True)
@@ -144,56 +108,6 @@ def valid(record: dict) -> bool:
   """Whether a judge's AUC lies above one half, interval and all."""
   area = record.get('auc') or {}
   return area.get('low') is not None and area['low'] > 0.5 and area['n'] > 1
-
-
-def number(x: float | int | None, digits: int = 2, signed: bool = False) -> str:
-  """A number with a true minus sign."""
-  if x is None or not math.isfinite(x):
-    return '–'
-  sign = '+' if signed else ''
-  text = f'{x:{sign},.{digits}f}'
-  if not text.strip('+-0.'):
-    text = text.lstrip('+-')  # no '-0.00'
-  return text.replace('-', '−')
-
-
-def mean(record: dict | None, signed: bool = False) -> str:
-  """The middle of an interval, to the digits that the interval allows."""
-  return number((record or {}).get('mean'), _digits(record), signed)
-
-
-def bounds(record: dict | None, signed: bool = False) -> str:
-  """'[0.62, 0.79]'; empty where there is no interval."""
-  low, high = ((record or {}).get(k) for k in ('low', 'high'))
-  if low is None or high is None:
-    return ''
-  digits = _digits(record)
-  return f'[{number(low, digits, signed)}, {number(high, digits, signed)}]'
-
-
-def interval(record: dict | None, signed: bool = False) -> str:
-  """'0.71 [0.62, 0.79]'."""
-  return f'{mean(record, signed)} {bounds(record, signed)}'.strip()
-
-
-def _digits(record):
-  """Decimals that show the interval's width to about a tenth of it."""
-  low, high = ((record or {}).get(k) for k in ('low', 'high'))
-  if low is None or high is None or not high > low:
-    return 2
-  digits = math.ceil(-math.log10((high - low) / 3))
-  return min(4, max(2 if high - low <= 1 else 0, digits))
-
-
-def duration(seconds: float | int | None) -> str:
-  """'7 min 11 s'."""
-  if seconds is None:
-    return '–'
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f'{hours} h {minutes} min'
-  return f'{minutes} min {rest} s' if minutes else f'{seconds:.1f} s'
 
 
 def flat(config: dict, prefix: str = '') -> dict:
@@ -269,7 +183,10 @@ def _arm_lines(arms, width):
   columns = [looks.DRIFT[0], looks.DRIFT[1], looks.DRIFT[4]]
   heads = ('likelihood', 'verdict', 'projection')
   shown = [
-    (looks.arm(name).title, *(interval(arm['summary'].get(c)) for c in columns))
+    (
+      looks.arm(name).title,
+      *(pages.interval(arm['summary'].get(c)) for c in columns),
+    )
     for name, arm in list(arms.items())[:8]
     if arm.get('summary')
   ]

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from persona_jax import report
+from persona_jax import pages, report
 from persona_jax.analysis import plots
 from persona_jax.text import corpus
 
@@ -473,15 +473,15 @@ def test_side_of_the_cap():
   ],
 )
 def test_intervals_have_sensible_digits(record, text):
-  assert report.interval(record) == text
+  assert pages.interval(record) == text
 
 
 def test_signs_and_durations():
-  assert report.interval(interval(0.1, 0.2), True) == '+0.10 [−0.10, +0.30]'
-  assert report.duration(4.12) == '4.1 s'
-  assert report.duration(431.0) == '7 min 11 s'
-  assert report.duration(7300.0) == '2 h 1 min'
-  assert report.duration(None) == '–'
+  assert pages.interval(interval(0.1, 0.2), True) == '+0.10 [−0.10, +0.30]'
+  assert pages.duration(4.12) == '4.1 s'
+  assert pages.duration(431.0) == '7 min 11 s'
+  assert pages.duration(7300.0) == '2 h 1 min'
+  assert pages.duration(None) == '–'
 
 
 # The terminal.
