@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float
 from persona_jax.analysis import statistics
 
 _STEPS = 50  # Newton steps; a two-parameter fit takes about eight
-_RIDGE = 1e-2  # keeps the slope finite on separable labels
+_RIDGE = 1e-2  # keeps slopes finite on separable labels
+_TINY = 1e-9  # and the offset
 
 
 class Calibration(NamedTuple):
@@ -41,9 +42,7 @@ def calibrate(
   `cluster` tells which rows share a persona: intervals are over those. A
   judge that points the wrong way gets slope zero, so that it rewards nothing.
   """
-  slope, offset = _logistic(scores, consistent)
-  if slope < 0:
-    slope, offset = 0.0, _logit(consistent.mean())
+  slope, offset = platt(scores, consistent)
   by_error = {}
   for error in sorted(set(errors) - {'none', ''}):
     rows = consistent | np.array([e == error for e in errors])
@@ -59,19 +58,37 @@ def calibrate(
   )
 
 
+def platt(
+  scores: Float[np.ndarray, ' B'], consistent: Bool[np.ndarray, ' B']
+) -> tuple[float, float]:
+  """Slope and offset of `Calibration`; slope 0 for a judge that is wrong."""
+  [slope], offset = _logistic(scores[:, None], consistent)
+  if slope < 0:
+    return 0.0, _logit(consistent.mean())
+  return float(slope), offset
+
+
+def weights(
+  scores: Float[np.ndarray, 'B J'], consistent: Bool[np.ndarray, ' B']
+) -> Float[np.ndarray, ' J']:
+  """Weights of judges under which their sum foretells best."""
+  slopes, _ = _logistic(scores, consistent)
+  return slopes
+
+
 def _logistic(x, y):
-  """Slope and offset of a logistic regression, by Newton's method."""
-  centre, scale = x.mean(), max(x.std(), 1e-8)
-  design = np.stack([(x - centre) / scale, np.ones_like(x)], 1)
-  weights = np.zeros(2)
-  ridge = np.diag([_RIDGE, 0])
+  """Slopes and offset of a logistic regression, by Newton's method."""
+  centre, scale = x.mean(0), np.maximum(x.std(0), 1e-8)
+  design = np.concatenate([(x - centre) / scale, np.ones((len(x), 1))], 1)
+  weights = np.zeros(design.shape[1])
+  ridge = np.diag([*[_RIDGE] * x.shape[1], _TINY])
   for _ in range(_STEPS):
     chance = 1 / (1 + np.exp(-design @ weights))
     gradient = design.T @ (chance - y) + ridge @ weights
     curve = (design * (chance * (1 - chance))[:, None]).T @ design + ridge
-    weights = weights - np.linalg.solve(curve + 1e-9 * np.eye(2), gradient)
-  slope = weights[0] / scale
-  return float(slope), float(weights[1] - slope * centre)
+    weights = weights - np.linalg.solve(curve, gradient)
+  slopes = weights[:-1] / scale
+  return slopes, float(weights[-1] - slopes @ centre)
 
 
 def _logit(p):

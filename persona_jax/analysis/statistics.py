@@ -98,13 +98,10 @@ def auc(
   """P(a positive scores above a negative), ties counting half."""
   if positive.all() or not positive.any():
     return float('nan')
-  order = np.argsort(scores, kind='stable')
-  ranks = np.empty(len(scores))
-  ranks[order] = np.arange(1, len(scores) + 1)
-  for value in np.unique(scores):
-    same = scores == value
-    if same.sum() > 1:
-      ranks[same] = ranks[same].mean()
+  order = np.sort(scores)
+  ranks = 0.5 * (  # the mean of those that a score shares
+    np.searchsorted(order, scores) + np.searchsorted(order, scores, 'right') + 1
+  )
   count = positive.sum()
   below = ranks[positive].sum() - count * (count + 1) / 2
   return float(below / (count * (~positive).sum()))
