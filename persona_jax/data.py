@@ -117,14 +117,16 @@ def labelled_pairs(chat: Chat, pairs) -> Dialogue:
   return spoken(chat, said, padded([[0]] * len(pairs)))
 
 
-def spoken(chat: Chat, said, prompt) -> Dialogue:
+def spoken(chat: Chat, said, prompt, *, room: int | None = None) -> Dialogue:
   """Dialogues `[B N]` of texts, an empty one where nothing was said.
 
-  `prompt` is the tokens `[B P]` and the length `[B]` of what both were told.
+  `prompt` is the tokens `[B P]` and the length `[B]` of what both were told;
+  `room` the tokens of a line, by default of the longest.
   """
   rows, lines = len(said), len(said[0])
-  tokens, length = padded([chat.encode(x) for some in said for x in some])
-  tokens = jnp.asarray(tokens.reshape(rows, lines, -1))
+  texts = [chat.encode(x) for some in said for x in some]
+  found, length = padded(texts, room)
+  tokens = jnp.asarray(found.reshape(rows, lines, -1))
   blank = jnp.zeros(tokens.shape, jnp.float32)
   return Dialogue(
     tokens=tokens,

@@ -189,18 +189,21 @@ def view(
   frame: Frame,
   prompts: Int[Array, 'B P'] | None = None,
   prompt_length: Int[Array, ' B'] | None = None,
+  size: int | None = None,
 ) -> View:
   """`dialogue` as the speaker `who` reads it, padding at the end.
 
   `prompts` replaces the speaker's own prompt: the same lines under another
-  persona or none, as a likelihood judge wants them.
+  persona or none, as a likelihood judge wants them. Of `size` slots, where the
+  caller knows that they hold every dialogue; what is beyond is lost.
   """
   if prompts is None:
     prompts = dialogue.prompts[:, who]
     prompt_length = dialogue.prompt_length[:, who]
   batch, lines, room = dialogue.tokens.shape
   between = jax.tree.map(lambda x: x[0], pieces(frame))
-  size = slots(prompts.shape[1], between, lines, room)
+  most = slots(prompts.shape[1], between, lines, room)
+  size = min(size or most, most)
 
   def read(prompt, length, tokens, body, said):
     own = dialogue.who == who

@@ -1,6 +1,7 @@
 """A judge that compares how likely a line is in two contexts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -27,6 +28,9 @@ class Likelihood:
   apply: Callable = dataclasses.field(metadata={'static': True})
   unembed: Callable = dataclasses.field(metadata={'static': True})
   who: int = dataclasses.field(default=POLICY, metadata={'static': True})
+  slots: int | None = dataclasses.field(  # that hold any dialogue
+    default=None, metadata={'static': True}
+  )
 
 
 def likelihood(judge: Likelihood) -> Partial:
@@ -50,8 +54,10 @@ def _likelihood(judge, dialogue):
   batch = dialogue.tokens.shape[0]
   neutral = jnp.broadcast_to(judge.neutral, (batch, judge.neutral.size))
   length = jnp.full(batch, judge.neutral.size, jnp.int32)
-  told = dialogues.view(dialogue, judge.who, judge.frame)
-  untold = dialogues.view(dialogue, judge.who, judge.frame, neutral, length)
+  view = functools.partial(
+    dialogues.view, dialogue, judge.who, judge.frame, size=judge.slots
+  )
+  told, untold = view(), view(neutral, length)
   gain = _own_logprobs(judge, dialogue, told)
   gain -= _own_logprobs(judge, dialogue, untold)
   scores = jnp.zeros(dialogue.length.shape, gain.dtype)

@@ -32,6 +32,9 @@ class Trained:
     metadata={'static': True}
   )
   who: int = dataclasses.field(default=POLICY, metadata={'static': True})
+  slots: int | None = dataclasses.field(  # that hold any dialogue
+    default=None, metadata={'static': True}
+  )
 
 
 def trained(judge: Trained) -> Partial:
@@ -78,7 +81,9 @@ def _odds(judge, dialogue, found):
 
 def _relations(judge, dialogue, prompts, length):
   dialogue = _heard(dialogue, judge.who)
-  view = dialogues.view(dialogue, judge.who, judge.frame, prompts, length)
+  view = dialogues.view(
+    dialogue, judge.who, judge.frame, prompts, length, judge.slots
+  )
   hidden, _ = judge.apply(judge.variables, view.tokens, view.positions)
   ends = view.before[:, :-1, 0] + 1 + dialogue.body[:, :-1]
   ends = jnp.minimum(ends, view.tokens.shape[1] - 1)
