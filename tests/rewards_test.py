@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
+from persona_jax import dialogue as dialogues
 from persona_jax import rewards, trees
 from persona_jax.dialogue import PARTNER, POLICY, Dialogue, Frame
 from persona_jax.learn import logprobs
@@ -299,6 +300,42 @@ def test_relations_are_chances_of_three(weights, dialogue):
     np.testing.assert_allclose(
       odds[b, n], np.log((yes + maybe) / no)[b, n], atol=1e-4
     )
+
+
+@pytest.mark.parametrize('name', ['likelihood', 'trained'])
+def test_a_judge_alone_with_a_line_is_its_slow_reference(
+  weights, dialogue, name
+):
+  score, judge = JUDGES[name]
+  fast = evaluate(rewards.alone(score(judge(weights)), CUE), dialogue)
+  out, heard = np.zeros((B, N)), FRAME.own_to_heard.tolist()
+  for b, n in lines_of(dialogue, POLICY):
+    line = body(dialogue, b, n)
+    told, untold = (
+      begin + CUE.tolist() + FRAME.heard_to_own.tolist()
+      for begin in (prompt(dialogue, b, POLICY), NEUTRAL.tolist())
+    )
+    if name == 'likelihood':
+      out[b, n] = mean_logprob(weights, told, line)
+      out[b, n] -= mean_logprob(weights, untold, line)
+    else:
+      last = forward(weights, told + line + heard[:1])[-1]
+      yes, maybe, no = np.exp(last[[9, 5, 7]])
+      out[b, n] = np.log((yes + maybe) / no)
+  assert np.abs(out).max() > 0.1
+  np.testing.assert_allclose(fast, out, atol=2e-5)
+
+
+@pytest.mark.parametrize('name', ['likelihood', 'trained', 'among_lines'])
+def test_slots_that_are_left_out_were_empty(weights, dialogue, name):
+  score, judge = JUDGES[name]
+  whole = judge(weights)
+  view = dialogues.view(dialogue, POLICY, FRAME)
+  used = int(np.max(view.positions)) + 1 + FRAME.own_to_heard.size + 1
+  assert used < view.positions.shape[1]
+  short = dataclasses.replace(whole, slots=used)
+  want = evaluate(score(whole), dialogue)
+  np.testing.assert_allclose(evaluate(score(short), dialogue), want, atol=1e-5)
 
 
 # Consistency.

@@ -5,7 +5,7 @@ weights are arguments of the compiled program, never constants in it. This
 package imports with jax alone.
 """
 
-from persona_jax.rewards.compose import Reward, shuffled, weighted
+from persona_jax.rewards.compose import Reward, alone, shuffled, weighted
 from persona_jax.rewards.consistency import (
   average,
   line_to_line,
@@ -36,6 +36,7 @@ __all__ = [
   'Reward',
   'Trained',
   'Verdict',
+  'alone',
   'among_lines',
   'average',
   'likelihood',
