@@ -1,11 +1,12 @@
 """From examples to arrays: texts as tokens, tokens as a learner's batch."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from persona_jax.dialogue import POLICY, Dialogue, Frame, view
 from persona_jax.learn import Batch
 from persona_jax.text.chat import Chat
 from persona_jax.text.examples import Example
@@ -142,6 +143,33 @@ def to_batch(
     reference_logprobs=jnp.asarray(blank),
     **{name: jnp.asarray(x) for name, x in arrays.items()},
   )
+
+
+def of_dialogue(said: Dialogue, frame: Frame) -> tuple[Batch, Callable]:
+  """The policy's lines as a learner's batch, and `own`, which picks them.
+
+  The old log-probabilities are those of sampling, where no line may begin with
+  a stop token; the learner does not bar it, so on policy the ratio of a first
+  token is 1 - P(stop). `policy/ratio` shows how near to one that is.
+  """
+  seen = view(said, POLICY, frame)
+  own = lambda x: x[:, POLICY::2]
+  mask = own(said.mask)
+  flat = lambda x: x.reshape(x.shape[0], -1)
+  line = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :, None]
+  old = flat(own(said.logprobs))
+  batch = Batch(
+    tokens=seen.tokens,
+    positions=seen.positions,
+    before=flat(own(seen.before)),
+    actions=flat(own(said.tokens)),
+    mask=flat(mask),
+    advantages=jnp.zeros_like(old),
+    old_logprobs=old,
+    reference_logprobs=jnp.zeros_like(old),
+    line=flat(jnp.broadcast_to(line, mask.shape)),
+  )
+  return batch, own
 
 
 def mismatched(rows: Sequence[Encoded]) -> list[Encoded]:

@@ -5,7 +5,6 @@ algorithm needs, `update` learns from some rows of what that gives.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,8 @@ import optax
 from flax import struct
 from jaxtyping import PyTree
 
-from persona_jax import groups, learn, masked, trained
-from persona_jax.dialogue import POLICY, Dialogue, view
+from persona_jax import batches, groups, learn, masked, trained
+from persona_jax.dialogue import Dialogue
 from persona_jax.lab import Lab
 from persona_jax.learn import (
   advantages,
@@ -243,7 +242,7 @@ class Learner:
 
   def _prepare(self, states, base, said, rewards):
     rl, needs = self.rl, self._needs
-    batch, own = to_batch(self._lab, said)
+    batch, own = batches.of_dialogue(said, self._lab.frame)
     batch = jax.lax.with_sharding_constraint(
       batch, sharding.batch_sharding(self.mesh)
     )
@@ -365,32 +364,6 @@ class Learner:
       )
     told = {f'work/{k}': x for k, x in work(batch)._asdict().items()}
     return states, losses.summary(metrics) | told | {'step/fine': fine}
-
-
-def to_batch(lab: Lab, said: Dialogue) -> tuple[Batch, Callable]:
-  """The policy's lines as a learner's batch, and `own`, which picks them.
-
-  The old log-probabilities are those of sampling, where no line may begin with
-  a stop token; the learner does not bar it, so on policy the ratio of a first
-  token is 1 - P(stop). `policy/ratio` shows how near to one that is.
-  """
-  seen = view(said, POLICY, lab.frame)
-  own = lambda x: x[:, POLICY::2]
-  mask = own(said.mask)
-  flat = lambda x: x.reshape(x.shape[0], -1)
-  line = jnp.arange(mask.shape[1], dtype=jnp.int32)[None, :, None]
-  old = flat(own(said.logprobs))
-  return Batch(
-    tokens=seen.tokens,
-    positions=seen.positions,
-    before=flat(own(seen.before)),
-    actions=flat(own(said.tokens)),
-    mask=flat(mask),
-    advantages=jnp.zeros_like(old),
-    old_logprobs=old,
-    reference_logprobs=jnp.zeros_like(old),
-    line=flat(jnp.broadcast_to(line, mask.shape)),
-  ), own
 
 
 def _schedule(rate: float, rl, updates: int):
