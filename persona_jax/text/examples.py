@@ -4,13 +4,11 @@ A line of a file is one row. A row that breaks a rule is an error that names
 file, line, value, rule and way out; none is left out or mended in silence.
 """
 
-import difflib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from persona_jax.text import wording
+from persona_jax.text import jsonl, wording
 
 History = tuple[str, ...]  # the user's line, the answer, ..., the user's line
 
@@ -98,33 +96,21 @@ def read(
   Raises:
     ValueError: the first row that breaks a rule.
   """
-  path = Path(path)
-  if not path.is_file():
-    raise ValueError(f'{path} does not exist; give a file of JSON lines.')
-  found = []
-  with path.open('rb') as file:
-    for number, line in enumerate(file, 1):
-      where = f'{path}, line {number}'
-      if number == 1:
-        line = line.removeprefix(b'\xef\xbb\xbf')  # some editors' first bytes
-      found.append(parse(_object(line, where), kind, where=where, strip=strip))
-  if not found:
-    raise ValueError(f'{path} is empty; give a row a line: {FORMS[kind]}.')
-  return tuple(found)
+  return tuple(
+    parse(row, kind, where=where, strip=strip)
+    for where, row in jsonl.objects(path, FORMS[kind])
+  )
 
 
 def parse(
   row: Any, kind: type[Kind], *, where: str, strip: bool = False
 ) -> Kind:
   """One row as `read` takes it; `where` names it in errors."""
-  if not isinstance(row, Mapping):
-    raise ValueError(
-      f'{where}: {_shown(row)} is no JSON object; a row has {FORMS[kind]}.'
-    )
   own = TEXTS[kind] + (('label',) if kind is Rated else ())
+  known = *BEFORE, *own, *(('messages',) if kind is Shown else ())
+  row = jsonl.check(row, known, where=where, form=FORMS[kind])
   talk = kind is Shown and 'messages' in row
-  _named(row, (*BEFORE, *own), kind, where)
-  text = _Text(where, strip)
+  text = jsonl.Text(where, strip)
   if talk:
     beside = [name for name in row if name != 'messages']
     if beside:
@@ -145,8 +131,8 @@ def parse(
     return kind(*before, *replies, _label(row['label'], where), where=where)
   if kind is Compared and replies[0] == replies[1]:
     raise ValueError(
-      f'{where}: chosen and rejected are both {_shown(replies[0])}, and there '
-      'is nothing to prefer; change one or take the row out.'
+      f'{where}: chosen and rejected are both {jsonl.shown(replies[0])}, and '
+      'there is nothing to prefer; change one or take the row out.'
     )
   return kind(*before, *replies, where=where)
 
@@ -177,86 +163,6 @@ def unrolled(rows: Iterable[Shown]) -> tuple[Shown, ...]:
   return tuple(found)
 
 
-def _object(line: bytes, where: str) -> Any:
-  """The JSON value of a line; a name that comes twice is an error."""
-  try:
-    text = line.decode().strip()
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f'{where}: byte {error.start} ({line[error.start : error.end]!r}) is no '
-      'UTF-8; save the file in that encoding.'
-    ) from error
-  if not text:
-    raise ValueError(f'{where} is empty; take it out.')
-  twice = []
-
-  def once(pairs):
-    names = [name for name, _ in pairs]
-    twice.extend(name for name in names if names.count(name) > 1)
-    return dict(pairs)
-
-  try:
-    value = json.loads(text, object_pairs_hook=once)
-  except (ValueError, RecursionError) as error:
-    raise ValueError(
-      f'{where}: {_shown(text)} is no JSON ({error}); a line is one object, '
-      'from { to }.'
-    ) from error
-  if twice:
-    raise ValueError(
-      f'{where}: the field {twice[0]!r} comes twice; keep one of them.'
-    )
-  return value
-
-
-def _named(row, known, kind, where):
-  """Raises where a row has a field that its kind has not."""
-  known = {*known, 'messages'} if kind is Shown else set(known)
-  for name in row:
-    if name not in known:
-      near = difflib.get_close_matches(name, sorted(known), 1)
-      hint = f' (is it {near[0]!r}?)' if near else ''
-      raise ValueError(
-        f'{where}: the field {name!r}{hint} is unknown; a row has '
-        f'{FORMS[kind]}. Rename it or take it out.'
-      )
-
-
-class _Text(NamedTuple):
-  """Checks a text of a row: `text(value, name)`."""
-
-  where: str
-  strip: bool
-
-  def __call__(self, value, name) -> str:
-    if not isinstance(value, str):
-      raise ValueError(
-        f'{self.where}: {name} is {_shown(value)}, which is no text; give a '
-        'string.'
-      )
-    if not value.strip():
-      raise ValueError(
-        f'{self.where}: {name} is empty ({_shown(value)}); give a text or '
-        'take the row out.'
-      )
-    if self.strip:
-      value = value.strip()
-    if value != value.strip():
-      raise ValueError(
-        f'{self.where}: {name} begins or ends with a blank '
-        f'({_shown(value)}), which chat templates keep or cut as they like; '
-        'take it off, or read with strip=True.'
-      )
-    try:
-      value.encode()
-    except UnicodeEncodeError as error:
-      raise ValueError(
-        f'{self.where}: {name} holds {value[error.start]!a}, half of a '
-        'character; write the character itself.'
-      ) from error
-    return value
-
-
 def _system(row, kind, text) -> str:
   given = [name for name in ('persona', 'system') if name in row]
   if not given:
@@ -266,8 +172,9 @@ def _system(row, kind, text) -> str:
     )
   if len(given) == 2:
     raise ValueError(
-      f'{text.where}: persona is {_shown(row["persona"])} and system is '
-      f'{_shown(row["system"])}, but both name the system prompt; give one.'
+      f'{text.where}: persona is {jsonl.shown(row["persona"])} and system '
+      f'is {jsonl.shown(row["system"])}, but both name the system prompt; give '
+      'one.'
     )
   if row.get('system') == '':
     return ''
@@ -294,7 +201,8 @@ def _turns(value, name, last, text, first=0) -> History:
   rule = f'lines in turns, from the user to the {last}'
   if not isinstance(value, list):
     raise ValueError(
-      f'{text.where}: {name} is {_shown(value)}, which is no list; give {rule}.'
+      f'{text.where}: {name} is {jsonl.shown(value)}, which is no list; '
+      f'give {rule}.'
     )
   lines, roles = [], ('user', 'assistant')
   for i, message in enumerate(value):
@@ -302,8 +210,8 @@ def _turns(value, name, last, text, first=0) -> History:
     content = _content(message, here, text)
     if message['role'] != roles[i % 2]:
       raise ValueError(
-        f'{text.where}: {here} has the role {_shown(message["role"])} where '
-        f'{roles[i % 2]!r} is due; {name} holds {rule}'
+        f'{text.where}: {here} has the role {jsonl.shown(message["role"])} '
+        f'where {roles[i % 2]!r} is due; {name} holds {rule}'
         + (
           '. Give the system prompt in the field system.'
           if name == 'history' and message['role'] == 'system'
@@ -315,7 +223,8 @@ def _turns(value, name, last, text, first=0) -> History:
   if len(lines) < least or len(lines) % 2 != least % 2:
     ends = f'ends with the {roles[1 - len(lines) % 2]}' if lines else 'is empty'
     raise ValueError(
-      f'{text.where}: {name} {ends} ({_shown(value[-1:])}); it holds {rule}.'
+      f'{text.where}: {name} {ends} ({jsonl.shown(value[-1:])}); it holds '
+      f'{rule}.'
     )
   return tuple(lines)
 
@@ -324,7 +233,7 @@ def _content(message, here, text):
   """The content of a message, which has a role and nothing else."""
   if not isinstance(message, Mapping) or set(message) != {'role', 'content'}:
     raise ValueError(
-      f'{text.where}: {here} is {_shown(message)}; a message has role and '
+      f'{text.where}: {here} is {jsonl.shown(message)}; a message has role and '
       'content, and nothing else.'
     )
   return message['content']
@@ -337,16 +246,7 @@ def _is_system(message) -> bool:
 def _label(value, where) -> bool:
   if not isinstance(value, bool):
     raise ValueError(
-      f'{where}: label is {_shown(value)}; it is true for a desirable reply, '
-      'false for another.'
+      f'{where}: label is {jsonl.shown(value)}; it is true for a desirable '
+      'reply, false for another.'
     )
   return value
-
-
-def _shown(value) -> str:
-  """A value as JSON, its beginning."""
-  said = json.dumps(value, ensure_ascii=False, default=repr)
-  return said if len(said) <= _LONGEST else f'{said[:_LONGEST]}...'
-
-
-_LONGEST = 60
