@@ -113,19 +113,20 @@ out = {
   'resolve': {a: str(told(source.resolve, a)) for a in jobs['resolve']},
   'found': {a: str(told(source.find, a)) for a in jobs['resolve']},
   'load': {a: told(bits, a) for a in jobs['load']},
+  'only': {a: str(hub.fetch(a, only=only)) for a, only in jobs['only'].items()},
 }
 print(json.dumps(out))
 """
 
 
-def python(home, address, resolve=(), load=(), **environment):
-  """What `resolve` and `load` say in a process of its own."""
+def python(home, address, resolve=(), load=(), only=None, **environment):
+  """What `resolve`, `load` and `fetch` say in a process of its own."""
   done = subprocess.run(
     [
       sys.executable,
       '-c',
       SCRIPT,
-      json.dumps(dict(resolve=resolve, load=load)),
+      json.dumps(dict(resolve=resolve, load=load, only=only or {})),
     ],
     env=os.environ
     | {'HF_HOME': str(home), 'HF_ENDPOINT': address, 'HF_TOKEN': ''}
@@ -166,6 +167,7 @@ def address(exports):
     'asking/model': {COMMIT: read('whole')},
     'moving/model': {COMMIT: read('parts'), OLDER: read('parts')},
     'only/ggufs': {COMMIT: {'a.gguf': b'', 'b.gguf': b'GGUF'}},
+    'no/language': {COMMIT: read('whole') | unwanted},
     'only/pickles': {COMMIT: {'config.json': b'{}', 'pytorch_model.bin': b''}},
   }
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
@@ -197,6 +199,7 @@ def online(home, address, exports):
     home, address, ADDRESSES,
     ['hf:tiny/model', 'hf:tiny/model@v1', str(exports / 'parts'),
      str(exports / 'whole')],
+    {'hf:no/language': ['config.json', 'onnx/model.onnx*']},
   )  # fmt: skip
 
 
@@ -237,6 +240,13 @@ def test_only_what_is_needed_is_fetched(online):
   files = [path for path in got if '/resolve/' in path]
   assert len(files) == len(set(files))  # each once
   assert not [path for path in files if 'original' in path or '.bin' in path]
+
+
+def test_other_models_are_fetched_by_patterns(online):
+  fetched = Path(online['only']['hf:no/language'])
+  files = {p.relative_to(fetched).as_posix() for p in fetched.rglob('*.*')}
+  assert files == {'config.json', 'onnx/model.onnx'}
+  assert hub.commit(fetched) == COMMIT
 
 
 def test_a_second_load_needs_no_network(online, home, exports):

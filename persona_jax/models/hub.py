@@ -1,6 +1,7 @@
 """The Hugging Face hub: only what a model needs, at one commit."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from persona_jax.models import folder, shards
@@ -10,8 +11,12 @@ PREFIX = 'hf:'
 _COMMIT = re.compile(r'/snapshots/([0-9a-f]{40})(/|$)')
 
 
-def fetch(source: str, *, cached_only: bool = False) -> Path:
+def fetch(
+  source: str, *, cached_only: bool = False, only: Sequence[str] = ()
+) -> Path:
   """The folder or .gguf file of 'hf:org/name[/file.gguf][@revision]'.
+
+  `only`: patterns of the files to fetch, for what is no language model.
 
   Raises:
     CheckpointError: there is no such model, or it may not be read.
@@ -31,7 +36,7 @@ def fetch(source: str, *, cached_only: bool = False) -> Path:
       f'{source} is no .gguf file; write hf:{name} for the whole model.'
     )
   try:
-    return _fetch(name, file, revision or None, cached_only)
+    return _fetch(name, file, revision or None, cached_only, only)
   except CheckpointError:
     raise
   except Exception as error:  # by version: of requests, httpx or httpx2
@@ -44,13 +49,16 @@ def commit(path: str | Path) -> str | None:
   return found and found[1]
 
 
-def _fetch(name, file, revision, cached_only) -> Path:
+def _fetch(name, file, revision, cached_only, only) -> Path:
   import huggingface_hub as hub
   from huggingface_hub import errors
 
   keywords = {'revision': revision, 'local_files_only': cached_only}
   if file:
     return Path(hub.hf_hub_download(name, file, **keywords))
+  if only:
+    found = hub.snapshot_download(name, allow_patterns=list(only), **keywords)
+    return Path(found)
   texts = hub.snapshot_download(
     name, allow_patterns=list(folder.TEXTS), **keywords
   )
