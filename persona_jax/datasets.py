@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 
 from persona_jax import data
 from persona_jax.models import source
-from persona_jax.text import corpus
+from persona_jax.text import corpus, judged
 from persona_jax.text.examples import Compared
 
 CITATION = """@software{persona_jax,
@@ -29,6 +29,7 @@ CITATION = """@software{persona_jax,
 HELDOUT_SHARE = 4  # one persona of so many is held out, by the hash of its text
 
 _TEXT = tfds.features.Text()
+_TEXTS = tfds.features.Sequence(_TEXT)
 _PERSONA = {
   'name': _TEXT,
   'split': _TEXT,
@@ -75,7 +76,7 @@ class Scenarios(tfds.core.GeneratorBasedBuilder):
     partner = {
       'kind': _TEXT,
       'prompt': _TEXT,
-      'openings': tfds.features.Sequence(_TEXT),
+      'openings': _TEXTS,
     }
     return _info(
       self,
@@ -154,6 +155,62 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
         index += 1
 
 
+class Judged(tfds.core.GeneratorBasedBuilder):
+  """Dialogues to train judges on: how each line stands to its persona.
+
+  What `text.judged.made` makes by seed 0: of each of the speaker's lines it is
+  known by construction whether it supports the persona, contradicts it, or
+  does neither, and in what way. `lines` begin with the partner's. Where
+  `persona` is empty, lines are judged by those before them. The facts of
+  `calibration` are of kinds that `train` has none of.
+  """
+
+  name = 'persona_jax_judged'
+  VERSION = tfds.core.Version('1.0.0')
+  RELEASE_NOTES = {
+    '1.0.0': '30000 dialogues to train on, 4000 to calibrate with.'
+  }
+  COUNTS = {'train': 30_000, 'calibration': 4_000}
+
+  def _info(self):
+    texts = dict.fromkeys(('lines', 'relations', 'kinds'), _TEXTS)
+    return _info(self, {'persona': _TEXT, 'task': _TEXT} | texts)
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {split: self._generate_examples(split) for split in self.COUNTS}
+
+  def _generate_examples(self, split):
+    for index in range(self.COUNTS[split]):
+      yield index, judged.made(index, split=split)._asdict()
+
+
+class Written(tfds.core.GeneratorBasedBuilder):
+  """A test set for judges, written by hand: does the last line fit?
+
+  The facts are of kinds that the data set `judged` has none of. Rows of a
+  `pair` differ in the last line alone, one of which fits and one fails; `kind`
+  says how. Where `persona` is empty, it is judged by the lines before it.
+  """
+
+  name = 'persona_jax_written'
+  VERSION = tfds.core.Version('1.0.0')
+  RELEASE_NOTES = {'1.0.0': '1120 dialogues to test on.'}
+
+  def _info(self):
+    features = dict.fromkeys(judged.Written._fields, _TEXT)
+    fits, pair = map(tfds.features.Scalar, (np.bool_, np.int32))
+    return _info(self, features | {'lines': _TEXTS, 'fits': fits, 'pair': pair})
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {'test': self._generate_examples()}
+
+  def _generate_examples(self):
+    for index, row in enumerate(judged.written()):
+      yield index, row._asdict()
+
+
 def split_of(persona: str) -> str:
   """The split of somebody who pairs are about, whoever else there is."""
   number = hashlib.sha256(persona.encode()).digest()[0]
@@ -184,17 +241,20 @@ class Rows(Sequence):
 
 
 def read(name: str, split: str, *, data_dir: str | Path | None = None) -> Rows:
-  """The rows of a split, 'train' or 'heldout', prepared where need be.
+  """The rows of a split, prepared where need be.
 
   Rows of 'personas' are `corpus.Persona`, of 'scenarios' `data.Script`, of
-  'pairs' `text.examples.Compared`.
+  'pairs' `text.examples.Compared`: splits 'train' and 'heldout'. Those of
+  'judged' are `text.judged.Judged`, splits 'train' and 'calibration'; those of
+  'written' `text.judged.Written`, split 'test'.
 
   Raises:
     ValueError: there is no such data set or split.
   """
-  if split not in corpus.SPLITS:
-    raise ValueError(f'{split!r} is no split; it is one of {corpus.SPLITS}.')
   builder = prepare(name, data_dir=data_dir)
+  splits = [*builder.info.splits]
+  if split not in splits:
+    raise ValueError(f'{split!r} is no split of {name!r}; it has {splits}.')
   return Rows(builder.as_data_source(split), DATASETS[name].record)
 
 
@@ -272,6 +332,17 @@ def _compared(row: dict) -> Compared:
   )
 
 
+def _judged(row: dict) -> judged.Judged:
+  texts = {name: tuple(row[name]) for name in ('lines', 'relations', 'kinds')}
+  return judged.Judged(**row | texts)
+
+
+def _written(row: dict) -> judged.Written:
+  fits, pair = bool(row['fits']), int(row['pair'])
+  lines = tuple(row['lines'])
+  return judged.Written(**row | {'lines': lines, 'fits': fits, 'pair': pair})
+
+
 def _words(value):
   """A row with its bytes as text."""
   if isinstance(value, dict):
@@ -285,4 +356,6 @@ DATASETS = {
   'personas': Dataset(Personas, _persona),
   'scenarios': Dataset(Scenarios, _script),
   'pairs': Dataset(Pairs, _compared),
+  'judged': Dataset(Judged, _judged),
+  'written': Dataset(Written, _written),
 }

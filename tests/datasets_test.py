@@ -14,10 +14,23 @@ import persona_jax
 from persona_jax import data, datasets
 from persona_jax.feed import Feed
 from persona_jax.models import source
-from persona_jax.text import corpus
+from persona_jax.text import corpus, facts, judged
 from persona_jax.text.examples import Compared
 
 ROOT = Path(persona_jax.__file__).parent
+SPLITS = dict.fromkeys(('personas', 'scenarios', 'pairs'), corpus.SPLITS) | {
+  'judged': judged.SPLITS,
+  'written': ('test',),
+}
+WHOLE = datasets.Judged.COUNTS
+SOME = {'train': 600, 'calibration': 100}  # as many are made for these tests
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_rows():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(datasets.Judged, 'COUNTS', SOME)
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -62,6 +75,19 @@ def test_pairs_are_the_labelled_lines(read):
   assert not lines  # every line is in one pair
 
 
+@pytest.mark.parametrize('split', judged.SPLITS)
+def test_judged_rows_are_those_that_are_made(read, split):
+  rows = read('judged', split)
+  assert [*rows] == [judged.made(i, split=split) for i in range(SOME[split])]
+  assert any(not row.persona for row in rows)
+
+
+def test_written_rows_are_the_test_set(read):
+  rows = read('written', 'test')
+  assert tuple(rows) == judged.written()
+  assert {type(rows[1].fits), type(rows[1].pair)} == {bool, int}
+
+
 def test_nobody_is_in_two_splits(read):
   train, heldout = (
     {pair.system for pair in read('pairs', split)} for split in corpus.SPLITS
@@ -82,12 +108,16 @@ DIGESTS = {
   'personas 1.0.0': 'adb2073bdde6ba25',
   'scenarios 1.0.0': 'e0c8b0c86c2e370d',
   'pairs 1.0.0': '2b3cca49a2f42e9a',
+  'judged 1.0.0': '42de87d88d3863f0',
+  'written 1.0.0': '50a63ad45b88ea68',
 }
 
 
 @pytest.mark.parametrize('name', datasets.DATASETS)
 def test_rows_belong_to_their_version(read, name):
-  rows = [[*read(name, split)] for split in corpus.SPLITS]
+  rows = [[*read(name, split)] for split in SPLITS[name]]
+  if name == 'judged':  # of which few are read here
+    rows += [facts.facts(), facts.bank()]
   digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
   version = datasets.DATASETS[name].builder.VERSION
   assert DIGESTS[f'{name} {version}'] == digest, 'Raise its VERSION.'
@@ -102,10 +132,14 @@ def test_a_data_set_says_what_it_is(folder, name):
   assert info.redistribution_info.license == 'Apache-2.0'
   assert str(builder.version) in builder.RELEASE_NOTES
   assert info.file_format.value == 'array_record'
-  assert set(info.splits) == set(corpus.SPLITS)
+  assert set(info.splits) == set(SPLITS[name])
   note = builder.RELEASE_NOTES[str(builder.version)]
-  for split in corpus.SPLITS:
-    assert f'{info.splits[split].num_examples} ' in note
+  counts = {split: row.num_examples for split, row in info.splits.items()}
+  if name == 'judged':
+    assert counts == SOME
+    counts = WHOLE
+  for count in counts.values():
+    assert f'{count} ' in note
 
 
 def test_rows_are_a_sequence(read):
@@ -124,11 +158,13 @@ def test_rows_feed_a_learner(read):
   assert sorted(seen) == sorted(rows) and seen != list(rows)
 
 
-def test_other_names():
+def test_other_names(read):
   with pytest.raises(ValueError, match="'pears' is no data set; it is one of"):
-    datasets.read('pears', 'train')
-  with pytest.raises(ValueError, match="'test' is no split; it is one of"):
-    datasets.read('pairs', 'test')
+    read('pears', 'train')
+  for name, other in (('pairs', 'test'), ('written', 'train')):
+    said = f'{other!r} is no split of {name!r}; it has .*{SPLITS[name][0]!r}'
+    with pytest.raises(ValueError, match=said):
+      read(name, other)
 
 
 def test_prepared_in_the_cache_folder_once(tmp_path, monkeypatch):
