@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -113,6 +114,31 @@ class Usage:
   seconds: float  # of all rows, which wait side by side
 
 
+class Limit:
+  """Called before a request, waits until that may begin: an even pace."""
+
+  def __init__(
+    self,
+    per_minute: float,
+    *,
+    sleep: Callable[[float], object] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    if not 0 < per_minute < math.inf:
+      raise ValueError(f'per_minute={per_minute}; give more than 0 requests.')
+    self._gap, self._next = 60 / per_minute, -math.inf
+    self._sleep, self._clock = sleep, clock
+    self._lock = threading.Lock()
+
+  def __call__(self):
+    with self._lock:
+      now = self._clock()
+      begin = max(now, self._next)
+      self._next = begin + self._gap
+    if begin > now:
+      self._sleep(begin - now)
+
+
 def summary(answers: Sequence[Answer]) -> Usage:
   """What `answers` took."""
   kinds = collections.Counter(x for answer in answers for x in answer.failures)
@@ -131,6 +157,7 @@ def complete(
   conversations: Sequence[Conversation],
   *,
   seeds: Sequence[int] | None = None,
+  limit: Callable[[], object] | None = None,
   jitter: int = 0,
   sleep: Callable[[float], object] = time.sleep,
   clock: Callable[[], float] = time.monotonic,
@@ -144,6 +171,7 @@ def complete(
     server: who answers.
     conversations: messages from the first to the last.
     seeds: the field `seed` of each request, in place of one for all.
+    limit: called before every request (`Limit`).
     jitter: names the random part of the waits.
     sleep: waits some seconds.
     clock: the time in seconds.
@@ -172,6 +200,7 @@ def complete(
     server,
     urllib.request.build_opener(_NoRedirects),
     secret,
+    limit,
     sleep,
     clock,
   )
@@ -209,10 +238,14 @@ def _request(server, secret, fields):
   )
 
 
-def _ask(server, opener, secret, sleep, clock, request, chance) -> Answer:
+def _ask(
+  server, opener, secret, limit, sleep, clock, request, chance
+) -> Answer:
   """One row: requests until one has a text, or none is left."""
   start, kinds = clock(), []
   for attempt in range(1, server.retries + 2):
+    if limit is not None:
+      limit()
     try:
       text = _text(_sent(server, opener, clock, request))
       return Answer(text, None, attempt, tuple(kinds), clock() - start)

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import email.utils
 import json
+import math
 import re
 import socket
 import struct
@@ -463,3 +464,70 @@ def test_a_missing_key_is_one_sentence_at_once(failing, monkeypatch, value):
 def test_what_no_json_holds_is_the_callers_fault(failing):
   with pytest.raises(TypeError, match='not JSON serializable'):
     remote.complete(at(failing, fields={'seed': 1j}), talk('Hi'))
+
+
+# The pace.
+
+
+class Clock:
+  """A time that passes while somebody sleeps."""
+
+  def __init__(self):
+    self.now, self.slept = 100.0, []
+
+  def sleep(self, seconds):
+    self.slept.append(seconds)
+    self.now += seconds
+
+  def limit(self, per_minute):
+    return remote.Limit(per_minute, sleep=self.sleep, clock=lambda: self.now)
+
+
+def test_requests_begin_at_an_even_pace():
+  clock = Clock()
+  limit, began = clock.limit(30.0), []
+  for spent in (0, 0.5, 5, 0):  # seconds of the request itself
+    limit()
+    began.append(clock.now)
+    clock.now += spent
+  assert began == [100, 102, 104, 109] and clock.slept == [2, 1.5]
+
+
+def test_threads_wait_in_line():
+  sleeping, lock = [], threading.Lock()
+
+  def sleep(seconds):
+    with lock:
+      sleeping.append(seconds)
+
+  limit = remote.Limit(60.0, sleep=sleep, clock=lambda: 0.0)
+  threads = [threading.Thread(target=limit) for _ in range(20)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert sorted(sleeping) == list(range(1, 20))  # the first does not wait
+
+
+def test_every_request_keeps_the_pace():
+  clock = Clock()
+
+  def busy(request, count, handler):
+    if count == 0:
+      return refuse(429, 'slow', Retry_After='0')
+    return 200, {}, completion('Hi')
+
+  with serving(busy) as failing:
+    server = Server(failing.url, 'm', retries=1, wait=0.0, concurrency=1)
+    talks = talk('a', 'b')
+    answers = remote.complete(
+      server, talks, limit=clock.limit(6.0), sleep=lambda seconds: None
+    )
+  assert [x.text for x in answers] == ['Hi'] * 2
+  assert clock.slept == [10, 10, 10]  # four requests
+
+
+@pytest.mark.parametrize('number', [0.0, -1.0, math.nan, math.inf])
+def test_a_pace_is_a_number(number):
+  with pytest.raises(ValueError, match='per_minute=.*; give more than 0'):
+    remote.Limit(number)
