@@ -5,13 +5,20 @@ weights are arguments of the compiled program, never constants in it. This
 package imports with jax alone.
 """
 
-from persona_jax.rewards.compose import Reward, alone, shuffled, weighted
+from persona_jax.rewards.compose import (
+  Reward,
+  alone,
+  settled,
+  shuffled,
+  weighted,
+)
 from persona_jax.rewards.consistency import (
   average,
   line_to_line,
   prompt_to_line,
   worst,
 )
+from persona_jax.rewards.hosted import Lines, hosted, plainly
 from persona_jax.rewards.likelihood import (
   Likelihood,
   likelihood,
@@ -32,6 +39,7 @@ from persona_jax.rewards.verdict import (
 
 __all__ = [
   'Likelihood',
+  'Lines',
   'Question',
   'Reward',
   'Trained',
@@ -39,12 +47,15 @@ __all__ = [
   'alone',
   'among_lines',
   'average',
+  'hosted',
   'likelihood',
   'line_to_line',
   'pair_likelihood',
   'pair_verdict',
+  'plainly',
   'prompt_to_line',
   'relations',
+  'settled',
   'shuffled',
   'trained',
   'verdict',

@@ -1,6 +1,7 @@
 """Rewards add up as transformations chain."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -45,6 +46,19 @@ def shuffled(
   )
 
 
+def settled(judge: Reward, score: float) -> Reward:
+  """A judge or reward in which no verdict, NaN, counts as `score`.
+
+  Raises:
+    ValueError: `score` is not finite.
+  """
+  if not math.isfinite(score):
+    raise ValueError(
+      f'settled: score={score} is not finite; give what no verdict counts as.'
+    )
+  return Partial(_settle, jnp.float32(score), _as_leaves(judge))
+
+
 def _alone(judge, cue, dialogue):
   batch, lines, room = dialogue.tokens.shape
   size = max(room, cue.size)
@@ -81,3 +95,8 @@ def _as_leaves(reward):
 
 def _add(weights, rewards, dialogue):
   return sum(weights[name] * rewards[name](dialogue) for name in rewards)
+
+
+def _settle(score, judge, dialogue):
+  scores = judge(dialogue)
+  return jnp.where(jnp.isnan(scores), score, scores)

@@ -3,7 +3,8 @@
 A judge gives a score, higher for consistent; a slope and an offset that were
 fitted to labelled lines (`analysis.calibration`) turn it into the chance of
 consistency. A judge that pointed the wrong way there has slope 0: its reward is
-constant and trains nothing. A small slope does not make a judge valid.
+constant and trains nothing. A small slope does not make a judge valid. Where a
+judge has no verdict, NaN, the reward is NaN too (`settled` gives it a number).
 """
 
 import jax
