@@ -8,12 +8,12 @@ def get_config(arg: str = 'laptop'):
   c = main.load_config('study')
   with c.unlocked():
     c.name = f'judge:{arg}'
-    c.judge = dict(slots=384)  # of a row, which holds several dialogues
-    c.rollout.batch = 4  # rows of an update
+    c.judge = dict(slots=512)  # of a row, which holds several dialogues
+    c.rollout.batch = 3  # rows of an update
     c.rl.update(
       algorithm='sft',
       group=1,
-      steps=1000,
+      steps=1100,
       learning_rate=5e-4,
       warmup=20,
       decay=True,

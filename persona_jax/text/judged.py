@@ -140,7 +140,7 @@ class _Maker:
     rng = self._rng
     chosen = self._chosen(1 + int(rng.geometric(0.28)))
     style = str(rng.choice(list(_STYLES), p=list(_STYLES.values())))
-    count = int(rng.choice((1, 2, 3, 4, 5), p=(0.1, 0.2, 0.25, 0.25, 0.2)))
+    count = int(rng.choice((1, 2, 3, 5, 8), p=(0.1, 0.15, 0.2, 0.25, 0.3)))
     if rng.random() < 0.15:
       return self._untold(chosen, max(count, 2))
     if style == 'long':
