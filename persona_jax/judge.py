@@ -18,10 +18,14 @@ from persona_jax import workdir as owned
 from persona_jax.lab import Lab, open_lab
 from persona_jax.learn import Batch, logprobs, packing, sharding
 from persona_jax.learner import Learner
-from persona_jax.models import lora
+from persona_jax.models import adapter_file, lora
 from persona_jax.text import judged, wording
 from persona_jax.text.chat import Chat
 from persona_jax.text.judged import RELATIONS, Judged
+from persona_jax.text.labelled import Labelled
+
+_HOME = Path(__file__).parent / 'adapters'
+SHIPPED = {'smollm2-135m': _HOME / 'judge-smollm2-135m'}  # by model
 
 
 class Encoded(NamedTuple):
@@ -150,7 +154,25 @@ def made(lab: Lab, adapter) -> rewards.Trained:
   )
 
 
-def dialogues(chat: Chat, examples: Iterable[Judged]):
+def adapter(lab: Lab, path: str | Path = ''):
+  """The adapter in a folder of PEFT; by default the one that ships.
+
+  Raises:
+    ValueError: none ships for this model.
+    CheckpointError: it is damaged, or made for another model.
+  """
+  if not path:
+    path = SHIPPED.get(lab.model.name)
+    if path is None:
+      raise ValueError(
+        f'no trained judge ships for {lab.model.name!r}, only for '
+        f'{", ".join(SHIPPED)}; train one (persona-jax train --config=judge '
+        f'--config.model=...) and give its folder, policies/rl/adapter.'
+      )
+  return adapter_file.load(path, lab.model)
+
+
+def dialogues(chat: Chat, examples: Iterable[Judged | Labelled]):
   """Examples as dialogues, for judges to score."""
   examples = list(examples)
   most = max(len(x.lines) for x in examples)

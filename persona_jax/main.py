@@ -1,12 +1,13 @@
 """The command line: flags and one call."""
 
-import difflib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from persona_jax.flags import near, override, read_words
 
 
 class Program(NamedTuple):
@@ -36,7 +37,7 @@ def run(argv: list[str] | None = None):
   name, *words = argv
   try:
     if name not in PROGRAMS:
-      raise ValueError(f'unknown program {name!r}{_near(name, PROGRAMS)}.')
+      raise ValueError(f'unknown program {name!r}{near(name, PROGRAMS)}.')
     program = PROGRAMS[name]
     program.run(program.parse(words))
   except _KNOWN as error:
@@ -58,42 +59,6 @@ def usage() -> str:
   )
 
 
-def read_words(
-  words: Iterable[str], defaults: Mapping[str, Any], free: str | None = None
-) -> tuple[list[str], dict[str, Any], list[tuple[str, str]]]:
-  """`(plain words, options, fields)` of `name --flag=value --quiet ...`.
-
-  Args:
-    words: what follows the program's name.
-    defaults: of every flag; it is read as the type of its default, and one
-      that is False takes no value.
-    free: flags that start with this are fields of some record: pairs.
-
-  Raises:
-    ValueError: names what is unknown and the nearest that exists.
-  """
-  plain, options, fields = [], dict(defaults), []
-  words = iter(words)
-  for word in words:
-    if not word.startswith('--'):
-      plain.append(word)
-      continue
-    name, given, value = word.removeprefix('--').partition('=')
-    is_field = free is not None and name.startswith(free)
-    if name not in defaults and not is_field:
-      raise ValueError(f'unknown flag --{name}{_near(name, defaults)}.')
-    if not given and defaults.get(name) is False:
-      options[name] = True
-      continue
-    if not given and (value := next(words, None)) is None:
-      raise ValueError(f'{word} needs a value: {word}=...')
-    if is_field:
-      fields.append((name.removeprefix(free), value))
-    else:
-      options[name] = _read(f'--{name}', value, defaults[name])
-  return plain, options, fields
-
-
 def parse_study(words: list[str]):
   """`(config, options)` of the words that follow `study`."""
   return _parse_run(
@@ -105,6 +70,13 @@ def parse_train(words: list[str]):
   """`(config, options)` of the words that follow `train`."""
   defaults = {'config': 'study', 'workdir': 'runs/train', 'quiet': False}
   return _parse_run(words, defaults | {'distributed': False})
+
+
+def parse_evaluate(words: list[str]):
+  """`(config, options)` of the words that follow `evaluate`."""
+  return _parse_run(
+    words, {'config': 'judges', 'workdir': 'runs/judges', 'quiet': False}
+  )
 
 
 def _parse_run(words, defaults):
@@ -180,43 +152,6 @@ def load_config(name: str):
   return module.get_config(arg) if arg else module.get_config()
 
 
-def override(config, field: str, value: str):
-  """Sets `a.b.c` of a config to `value`, read as the type that stands there.
-
-  Raises:
-    ValueError: no such field, with the nearest one; or an unreadable value.
-  """
-  from ml_collections import ConfigDict
-
-  fields = _fields(config)
-  if field not in fields and field.rpartition('.')[0] in FREE:
-    with config.unlocked():
-      config.update_from_flattened_dict({field: _number(field, value)})
-    return
-  if field not in fields:
-    raise ValueError(f'unknown field config.{field}{_near(field, fields)}.')
-  now = fields[field]
-  if isinstance(now, ConfigDict):
-    raise ValueError(f'config.{field} is a group; set one of its fields.')
-  with config.unlocked():
-    value = _read(f'config.{field}', value, now)
-    config.update_from_flattened_dict({field: value})
-
-
-FREE = ('rl.advantage', 'rl.loss')  # groups of numbers that an algorithm knows
-
-
-def _number(field, value):
-  for read in (int, float, {'true': True, 'false': False}.__getitem__):
-    try:
-      return read(value)
-    except (ValueError, KeyError):
-      continue
-  raise ValueError(
-    f'config.{field}={value!r} is no number; give one, or true or false.'
-  )
-
-
 def config_names() -> list[str]:
   """The configs that ship."""
   return sorted(path.stem for path in _config_folder().glob('*.py'))
@@ -246,9 +181,8 @@ def _train(job):
     from persona_jax import judge, study
 
     _compile_cache()
-    program = judge if 'judge' in config else study
-    workdir, quiet = options['workdir'], options['quiet']
-    done = program.train_only(config, workdir, quiet=quiet)
+    train = (judge if 'judge' in config else study).train_only
+    done = train(config, options['workdir'], quiet=options['quiet'])
   if not processes.first():
     return
   last = done['steps'][-1]
@@ -257,6 +191,20 @@ def _train(job):
     shown = 'not finite' if value is None else f'{value:.4g}'
     console.print(f'{name:<28} {shown}')
   console.print(f'{Path(options["workdir"]) / "policies" / "rl"}')
+
+
+def _evaluate(job):
+  from rich.console import Console
+
+  from persona_jax import judges_report, validate
+
+  config, options = job
+  _compile_cache()
+  workdir = Path(options['workdir'])
+  results = validate.run(config, workdir, quiet=options['quiet'])
+  console = Console()
+  console.print(judges_report.panel(results))
+  console.print(f'{workdir / "judges.html"}\n{workdir / "judges.json"}')
 
 
 def _export(job):
@@ -303,6 +251,15 @@ PROGRAMS = {
     ),
     parse_train,
     _train,
+  ),
+  'evaluate': Program(
+    'which judges can be believed, on lines with known labels',
+    (
+      '[--config=judges[:arg]] [--workdir=DIR] [--quiet]',
+      '[--config.jury.names=trained,verdict] [--config.jury.labels=FILE]',
+    ),
+    parse_evaluate,
+    _evaluate,
   ),
   'export': Program(
     'a trained policy as a Hugging Face folder, or an adapter of PEFT',
@@ -362,38 +319,9 @@ def _config_file(name: str) -> Path:
       return path
   names = config_names()
   raise ValueError(
-    f'unknown config {name!r}{_near(name, names)}; give a file or one of '
+    f'unknown config {name!r}{near(name, names)}; give a file or one of '
     f'{", ".join(names)}.'
   )
-
-
-def _fields(config, prefix=''):
-  from ml_collections import ConfigDict
-
-  found = {}
-  for key in config:
-    value, name = config[key], f'{prefix}{key}'
-    found[name] = value
-    if isinstance(value, ConfigDict):
-      found |= _fields(value, f'{name}.')
-  return found
-
-
-def _read(label, value, now):
-  kind = type(now)
-  try:
-    if kind is bool:
-      return {'true': True, 'false': False}[value.lower()]
-    return kind(value)
-  except (ValueError, KeyError):
-    raise ValueError(
-      f'{label}={value!r} is no {kind.__name__}; it is {now!r} now.'
-    ) from None
-
-
-def _near(name, names):
-  nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
-  return f'; the nearest is {nearest[0]!r}' if nearest else ''
 
 
 if __name__ == '__main__':
