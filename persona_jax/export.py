@@ -9,7 +9,7 @@ import jax
 from persona_jax import models, trained
 from persona_jax import workdir as owned
 from persona_jax.checkpoint import Checkpoints
-from persona_jax.models import adapter_file, lora
+from persona_jax.models import adapter_file, lora, shards
 
 
 def run(
@@ -19,6 +19,7 @@ def run(
   step: int = 0,
   policy: str = 'rl',
   merge: bool = False,
+  dtype: str = '',
 ) -> int:
   """Writes a policy of `workdir` into the folder `to`; returns its step.
 
@@ -31,10 +32,16 @@ def run(
     step: one that is on disk; 0: the newest.
     policy: a folder of `workdir/policies`.
     merge: whether an adapter is added to the weights of its model.
+    dtype: of what is written; '': as it was trained.
 
   Raises:
-    ValueError: there is no such workdir, policy or step, or `to` is in use.
+    ValueError: there is no such workdir, policy, step or dtype, or `to` is in
+      use.
   """
+  if dtype and dtype not in shards.DTYPES:
+    raise ValueError(
+      f'--dtype={dtype} is not written; give one of {", ".join(shards.DTYPES)}.'
+    )
   workdir, to = Path(workdir), Path(to)
   config = owned.read(workdir)
   folder = _policy(workdir, policy)
@@ -47,7 +54,7 @@ def run(
     params = _read(saved, step, what.start)
   if to.exists():
     to.rmdir()
-  _write(model, what.policy(params), to, merge)
+  _write(model, what.policy(params), to, merge, dtype)
   return step
 
 
@@ -115,10 +122,14 @@ def _read(saved, step, start):
   return found['policy']['params']
 
 
-def _write(model, policy, to, merge):
-  if 'lora' in policy and not merge:
-    adapter_file.save(policy['lora'], model, to)
-    return
-  if 'lora' in policy:
+def _write(model, policy, to, merge, dtype):
+  if 'lora' in policy and merge:
     policy = lora.merge(policy)
+  cast = lambda x: x.astype(dtype or x.dtype)
+  if 'lora' in policy:
+    weights, scales = lora.split(policy['lora'])
+    weights = jax.tree.map(cast, weights)
+    adapter_file.save(lora.joined(weights, scales), model, to)
+    return
+  policy = jax.tree.map(cast, policy)
   models.save(dataclasses.replace(model, variables=policy), to)

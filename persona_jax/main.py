@@ -130,7 +130,13 @@ def parse_plan(words: list[str]):
 
 def parse_export(words: list[str]):
   """`(workdir, options)` of the words that follow `export`."""
-  defaults = {'to': '', 'step': 0, 'policy': 'rl', 'merge': False}
+  defaults = {
+    'to': '',
+    'step': 0,
+    'policy': 'rl',
+    'merge': False,
+    'dtype': '',
+  }
   plain, options, _ = read_words(words, defaults)
   if len(plain) != 1 or not options['to']:
     raise ValueError(
@@ -263,7 +269,10 @@ PROGRAMS = {
   ),
   'export': Program(
     'a trained policy as a Hugging Face folder, or an adapter of PEFT',
-    ('WORKDIR --to=FOLDER [--step=N] [--policy=rl] [--merge]',),
+    (
+      'WORKDIR --to=FOLDER [--step=N] [--policy=rl] [--merge]',
+      '[--dtype=bfloat16]',
+    ),
     parse_export,
     _export,
   ),

@@ -105,6 +105,22 @@ def test_an_adapter_is_merged(adapter, tmp_path, capsys):
   same(models.load(tmp_path / 'y').variables, trees.flatten(merged))
 
 
+def test_it_is_written_in_another_dtype(whole, adapter, tmp_path, capsys):
+  narrow = '--dtype=bfloat16'
+  export(capsys, adapter[0], f'--to={tmp_path / "x"}', narrow)
+  to = jax.numpy.bfloat16
+  found = adapter_file.load(tmp_path / 'x', adapter[1].model, dtype=to)
+  found, scales = lora.split(found)
+  want = {k: x.astype(to) for k, x in on_disk(adapter[0], 2).items()}
+  same(found, want)
+  assert {float(x) for x in jax.tree.leaves(scales)[0]} == {32.0 / 2}
+  export(capsys, whole[0], f'--to={tmp_path / "y"}', narrow)
+  want = {k: x.astype(to) for k, x in on_disk(whole[0], 2).items()}
+  same(models.load(tmp_path / 'y', dtype='bfloat16').variables['params'], want)
+  said = fails(capsys, whole[0], f'--to={tmp_path / "z"}', '--dtype=int8')
+  assert '--dtype=int8 is not written; give one of float32' in said
+
+
 def test_what_trained_it_is_not_read(whole, tmp_path, capsys, monkeypatch):
   asked = []
   read = ocp.CheckpointManager.restore
