@@ -57,6 +57,7 @@ def get_config(arg: str = 'laptop'):
     held=1 << 24,  # logits that exist at a time, over all devices
     save_every=3,
     rewards=dict(prompt_to_line=1.0, line_to_line=0.5),
+    force=False,  # train by a judge that tells nothing apart
   )
   c.cap = dict(
     hold='persona',  # or 'assistant'
@@ -103,6 +104,6 @@ def _tiny(c):
   c.space.update(roles=4, questions=1, default_questions=1, tokens=4)
   c.rollout.update(batch=4, lines=3, tokens=26)
   c.judges.update(lines=6, pairs=4)
-  c.rl.update(steps=2, lines=3, group=2, save_every=1)
+  c.rl.update(steps=2, lines=3, group=2, save_every=1, force=True)
   c.evaluation.dialogues = 4
   c.capability.update(questions=2, stretch=256)

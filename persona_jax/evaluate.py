@@ -70,6 +70,26 @@ def consistency(judges: data.Judges, trust: Trust) -> dict:
   return found
 
 
+def refuse(trust: Trust, weights):
+  """Raises where a reward would be the same whatever is said.
+
+  Raises:
+    ValueError: a judge with a weight does not tell labelled lines apart.
+  """
+  for task, fits in (
+    ('prompt_to_line', trust.to_line),
+    ('line_to_line', trust.between),
+  ):
+    fit = fits[JUDGES[0]]
+    if weights[task] and not fit.slope:
+      raise ValueError(
+        f'the judge {JUDGES[0]} does not tell labelled lines apart (AUC '
+        f'{fit.auc.mean:.2f} of {fit.labelled}), so rl.rewards.{task} would '
+        'pay the same whatever is said; take another model or judge, set that '
+        'weight to 0, or set rl.force=true.'
+      )
+
+
 class Arm(NamedTuple):
   """What one policy under one cap said, and what was measured of it.
 

@@ -32,6 +32,7 @@ from persona_jax import (
 from persona_jax import workdir as owned
 from persona_jax.activations import Directions
 from persona_jax.analysis.calibration import Calibration
+from persona_jax.analysis.statistics import Interval
 from persona_jax.learn.algorithms import numbered, settings
 from persona_jax.text import corpus
 
@@ -121,9 +122,14 @@ class Study:
   def trust(self) -> evaluate.Trust:
     """The calibration of the judges, from the phase's record."""
     record = self.done('judges')
-    read = lambda task: {
-      name: Calibration(**record[task][name]) for name in evaluate.JUDGES
-    }
+
+    def read(task):
+      found = {name: record[task][name] for name in evaluate.JUDGES}
+      return {
+        name: Calibration(**{**x, 'auc': Interval(**x['auc'])})
+        for name, x in found.items()
+      }
+
     return evaluate.Trust(read('prompt_to_line'), read('line_to_line'))
 
   @functools.cached_property
@@ -327,6 +333,8 @@ class Study:
   def _terms(self):
     rewards = evaluate.consistency(self.judging, self.trust)
     weights = self.config.rl.rewards
+    if not self.config.rl.force:
+      evaluate.refuse(self.trust, weights)
     return {
       'prompt_to_line': (weights.prompt_to_line, rewards['global/likelihood']),
       'line_to_line': (weights.line_to_line, rewards['local/likelihood']),

@@ -15,6 +15,7 @@ import pytest
 
 from persona_jax import (
   checks,
+  evaluate,
   lab,
   learn,
   main,
@@ -25,6 +26,7 @@ from persona_jax import (
   train,
   trees,
 )
+from persona_jax.analysis import calibration
 from persona_jax.batches import Encoded
 from persona_jax.models import adapter_file, decoder
 from persona_jax.models.config import DecoderConfig, Kind, Rope
@@ -397,3 +399,22 @@ def test_numbers_of_an_algorithm_are_read_as_numbers():
   assert config.rl.loss.clip_high == 0.3 and config.rl.advantage.whole is True
   with pytest.raises(ValueError, match="'abc' is no number; give one, or true"):
     main.override(config, 'rl.loss.clip_low', 'abc')
+
+
+def test_a_judge_that_tells_nothing_apart_is_refused():
+  rows = np.arange(12)
+  fit = lambda scores: calibration.calibrate(
+    scores.astype(float), rows % 2 == 0, ['none'] * 12, rows // 2
+  )
+  good, same, wrong = fit(-(rows % 2)), fit(0 * rows), fit(rows % 2)
+  trust = lambda line, pair: evaluate.Trust(
+    {'likelihood': line}, {'likelihood': pair}
+  )
+  weights = {'prompt_to_line': 1.0, 'line_to_line': 0.5}
+  evaluate.refuse(trust(good, good), weights)
+  for poor in (same, wrong):
+    with pytest.raises(ValueError, match='prompt_to_line would pay the same'):
+      evaluate.refuse(trust(poor, good), weights)
+    with pytest.raises(ValueError, match='rl.force=true'):
+      evaluate.refuse(trust(good, poor), weights)
+    evaluate.refuse(trust(good, poor), weights | {'line_to_line': 0.0})
