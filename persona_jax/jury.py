@@ -250,6 +250,15 @@ def _rounded(size: int) -> int:
   return -(-size // _ROUND) * _ROUND
 
 
+def _some(rows, most) -> list[Row]:
+  """At most so many of `rows`, by whole groups from all over; 0: all."""
+  groups = {}
+  for row in rows:
+    groups.setdefault(row.group, []).append(row)
+  every = -(-len(rows) // most) if most else 1
+  return [row for some in list(groups.values())[::every] for row in some]
+
+
 def of_labels(values: Iterable[np.ndarray], rows: Sequence[Row]) -> np.ndarray:
   """The scores of the lines that have a label, one after another."""
   found = [
@@ -281,7 +290,7 @@ def rows_of(options) -> tuple[list[Row], dict]:
     rows, told = labelled.read(options.labels), options.labels
   else:
     rows, told = labelled.written(), 'our test set, written by hand'
-  rows = list(rows)[: options.examples or None]
+  rows = _some(rows, options.examples)
   lines = sum(label != '' for row in rows for label in row.labels)
   groups = f'{len({row.group for row in rows})} groups'
   return rows, {

@@ -169,6 +169,14 @@ def test_labelled_lines_are_ours_or_the_users(config, tmp_path):
   rows, about = jury.rows_of(config.jury)
   assert rows == list(labelled.written())
   assert about['dialogues'] == about['lines'] == 1120
+  options = config.jury.copy_and_resolve_references()
+  with options.unlocked():
+    options.examples = 100
+  some, about = jury.rows_of(options)
+  assert 90 <= len(some) <= 100 and len({x.group for x in some}) == 0.5 * len(
+    some
+  )
+  assert {x.task for x in some} == {x.task for x in rows}
   file = tmp_path / 'mine.jsonl'
   file.write_text('{"persona": "A.", "line": "B.", "label": "contradicts"}\n')
   options = config.jury.copy_and_resolve_references()
