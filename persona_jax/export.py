@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from persona_jax import models, trained
+from persona_jax import judge, lab, models, trained
 from persona_jax import workdir as owned
 from persona_jax.checkpoint import Checkpoints
 from persona_jax.models import adapter_file, lora, shards
@@ -55,6 +55,8 @@ def run(
   if to.exists():
     to.rmdir()
   _write(model, what.policy(params), to, merge, dtype)
+  if 'judge' in config and not merge:
+    judge.sign(to, lab.chat_of(model, config))
   return step
 
 

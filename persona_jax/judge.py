@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from persona_jax import checks, data, metrics, rewards, steps
+from persona_jax import checks, data, metrics, processes, rewards, steps
 from persona_jax import workdir as owned
 from persona_jax.lab import Lab, open_lab
 from persona_jax.learn import Batch, logprobs, packing, sharding
@@ -24,6 +24,7 @@ from persona_jax.text.chat import Chat
 from persona_jax.text.judged import RELATIONS, Judged
 from persona_jax.text.labelled import Labelled
 
+SIGNED = 'judge.json'
 _HOME = Path(__file__).parent / 'adapters'
 SHIPPED = {'smollm2-135m': _HOME / 'judge-smollm2-135m'}  # by model
 
@@ -71,7 +72,10 @@ def run(lab: Lab, config, folder: Path, *, advance) -> steps.Result:
     kept = [{'place': x._asdict()} for x in (first, place)]
     return Rows(batch, told, *kept)
 
-  return steps.run(learner, begin, folder, resume=resume, advance=advance)
+  done = steps.run(learner, begin, folder, resume=resume, advance=advance)
+  if processes.first():
+    sign(folder / 'adapter', lab.chat)
+  return done
 
 
 def train_only(config, workdir, *, quiet: bool = False) -> dict:
@@ -154,22 +158,49 @@ def made(lab: Lab, adapter) -> rewards.Trained:
   )
 
 
+def sign(folder: str | Path, chat: Chat):
+  """Writes beside an adapter how its judge reads and answers: judge.json."""
+  metrics.write_json(Path(folder) / SIGNED, _signature(chat))
+
+
 def adapter(lab: Lab, path: str | Path = ''):
-  """The adapter in a folder of PEFT; by default the one that ships.
+  """The adapter in a folder that `train` or `export` left; '': ours.
 
   Raises:
-    ValueError: none ships for this model.
+    ValueError: none ships for this model, it is no judge's, or the model reads
+      texts as other tokens than the judge did.
     CheckpointError: it is damaged, or made for another model.
   """
-  if not path:
-    path = SHIPPED.get(lab.model.name)
-    if path is None:
-      raise ValueError(
-        f'no trained judge ships for {lab.model.name!r}, only for '
-        f'{", ".join(SHIPPED)}; train one (persona-jax train --config=judge '
-        f'--config.model=...) and give its folder, policies/rl/adapter.'
-      )
-  return adapter_file.load(path, lab.model)
+  path = path or SHIPPED.get(lab.model.name)
+  if path is None:
+    raise ValueError(
+      f'no trained judge ships for {lab.model.name!r}, only for '
+      f'{", ".join(SHIPPED)}; train one (persona-jax train --config=judge '
+      '--config.model=...) and give its folder, policies/rl/adapter.'
+    )
+  found = adapter_file.load(path, lab.model)
+  file = Path(path) / SIGNED
+  if not file.exists():
+    raise ValueError(
+      f'{path} is the adapter of no judge: it has no {SIGNED}; give the '
+      'folder that persona-jax train --config=judge or export leaves.'
+    )
+  theirs, ours = metrics.read_json(file), _signature(lab.chat)
+  if theirs != ours:
+    [name, *_] = [k for k, x in ours.items() if theirs.get(k) != x]
+    raise ValueError(
+      f'{path} was trained with another tokenizer or chat template than that '
+      f'of {lab.model.name!r}: {name} is {theirs.get(name)} there and '
+      f'{ours[name]} here; use it with the model that it was made for.'
+    )
+  return found
+
+
+def _signature(chat: Chat) -> dict:
+  return {
+    'answers': list(answers(chat)),
+    'prompt': list(chat.prompt_ids(wording.PROBE)),
+  }
 
 
 def dialogues(chat: Chat, examples: Iterable[Judged | Labelled]):

@@ -258,15 +258,20 @@ def open_lab(config, *, progress=None) -> Lab:
   )
   apply = sharding.by_rows(apply, mesh)
   model = dataclasses.replace(loaded, apply=apply, unembed=unembed)
+  size = config.rollout
+  chat = chat_of(model, config)
+  return Lab(model, chat, size.batch, size.temperature, dtype, mesh)
+
+
+def chat_of(model: models.LanguageModel, config) -> Chat:
+  """How a model is talked to, on the config's day."""
   today = datetime.date.fromisoformat(config.today)
-  chat = Chat(
+  return Chat(
     model.tokenizer,
     model.template,
     model.special,
     variables={'strftime_now': today.strftime},
   )
-  size = config.rollout
-  return Lab(model, chat, size.batch, size.temperature, dtype, mesh)
 
 
 def band(config, layers: int) -> tuple[int, int]:

@@ -8,9 +8,9 @@ import pytest
 from study_test import folder  # noqa: F401 (a fixture)
 
 from persona_jax import dialogue as dialogues
-from persona_jax import judge, lab, learner, main, rewards, trees
+from persona_jax import judge, lab, learner, main, metrics, rewards, trees
 from persona_jax.dialogue import POLICY
-from persona_jax.models import adapter_file
+from persona_jax.models import adapter_file, lora
 from persona_jax.text import judged
 
 
@@ -108,10 +108,27 @@ def test_it_goes_on_where_it_was(opened, config, tmp_path):
   for name, leaf in trees.flatten(whole.policy['lora']).items():
     other = trees.flatten(again.policy['lora'])[name]
     np.testing.assert_array_equal(other, leaf, err_msg=name)
-  adapter = adapter_file.load(place / 'adapter', opened.model)
+  adapter = judge.adapter(opened, place / 'adapter')
   said = judge.dialogues(opened.chat, [judged.made(i) for i in range(3)])
   odds = rewards.trained(judge.made(opened, adapter))(said)
   assert np.isfinite(odds).all() and np.asarray(odds)[:, 1].all()
+
+
+def test_an_adapter_is_taken_by_its_own_model_alone(opened, tmp_path):
+  with pytest.raises(ValueError, match='no trained judge ships for'):
+    judge.adapter(opened)
+  made = lora.init(opened.model.config, jax.random.key(0), rank=2, alpha=4.0)
+  adapter_file.save(made, opened.model, tmp_path / 'a')
+  with pytest.raises(ValueError, match='the adapter of no judge'):
+    judge.adapter(opened, tmp_path / 'a')
+  judge.sign(tmp_path / 'a', opened.chat)
+  fakes.same(judge.adapter(opened, tmp_path / 'a'), made)
+  file = tmp_path / 'a' / judge.SIGNED
+  record = metrics.read_json(file)
+  record['prompt'][3] += 1
+  metrics.write_json(file, record)
+  with pytest.raises(ValueError, match='another tokenizer or chat template'):
+    judge.adapter(opened, tmp_path / 'a')
 
 
 def test_answers_must_differ(opened, monkeypatch):

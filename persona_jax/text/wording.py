@@ -5,6 +5,9 @@ from typing import NamedTuple
 CUE = 'Hello. Please begin the conversation.'  # what an opener answers
 NEUTRAL = 'You are a person who chats with a stranger.'
 ANY_LINE = 'Tell me something about yourself.'  # what any line may answer
+PROBE = (
+  "You're Zoë, 42.\n\n- Bakes 1,000 rolls a day 🙂"  # tokenizers differ here
+)
 ANSWERS = ('Yes', 'Maybe', 'No')  # of a trained judge: does the line fit?
 
 
