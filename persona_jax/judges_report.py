@@ -59,16 +59,8 @@ def panel(results: dict) -> Group:
   judges = results['judges']
   whole = Table(box=None, header_style='bold', pad_edge=False)
   whole.add_column('judge')
-  for name in (
-    'AUC',
-    'in pairs',
-    'accuracy',
-    'ECE',
-    'false alarms',
-    'no verdict',
-    'verdicts/s',
-  ):
-    whole.add_column(name, justify='right')
+  for name in ('AUC', 'pairs', 'right', 'ECE', 'alarms', 'none', 'a second'):
+    whole.add_column(name, justify='right', no_wrap=True)
   for name, card in judges.items():
     whole.add_row(
       name,
@@ -77,14 +69,14 @@ def panel(results: dict) -> Group:
       pages.mean(card.get('accuracy')),
       pages.number(card.get('calibration_error')),
       pages.mean(card.get('alarms')),
-      f'{card["none"]}/{card["lines"]}',
+      str(card['none']),
       pages.number(card.get('per_second'), 1),
       style='' if card['informative'] else 'yellow',
     )
   errors = Table(box=None, header_style='bold', pad_edge=False)
   errors.add_column('AUC by way to fail')
   for name in judges:
-    errors.add_column(name, justify='right')
+    errors.add_column(name.replace('_', ' '), justify='right')
   for error, count in rows_of(judges, 'errors').items():
     found = [(card.get('errors') or {}).get(error) for card in judges.values()]
     errors.add_row(

@@ -209,6 +209,8 @@ def _evaluate(job):
   workdir = Path(options['workdir'])
   results = validate.run(config, workdir, quiet=options['quiet'])
   console = Console()
+  if not console.is_terminal:
+    console = Console(width=120)
   console.print(judges_report.panel(results))
   console.print(f'{workdir / "judges.html"}\n{workdir / "judges.json"}')
 

@@ -24,14 +24,6 @@ from persona_jax.text.labelled import Labelled
 ENSEMBLE = 'ensemble'
 
 
-class Measured(NamedTuple):
-  """A judge's chances on the labelled lines, and how it came to them."""
-
-  chance: np.ndarray
-  fit: scorecard.Fit
-  pace: float  # verdicts a second; NaN where none was timed
-
-
 def run(config, workdir, *, quiet: bool = False) -> dict:
   """Measures every judge of `config.jury`; writes judges.json and .html.
 
