@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from persona_jax import metrics, pages
-from persona_jax.analysis import looks, plots
+from persona_jax.analysis import judge_plots, looks, plots
 
 PARTS = ('about', 'times', 'space', 'judges', 'rl', 'arms', 'effects', 'answer')
 TASKS = {  # the judge's task, by scope of an inconsistency
@@ -54,7 +54,7 @@ def pictures(parts: dict) -> dict[str, Markup]:
   )
   only = lambda names: {a: arms[a] for a in names if a in arms}
   figures = {
-    'calibration': plots.calibration(judges),
+    'calibration': judge_plots.calibration(judges),
     'effects': plots.effects(parts['effects'] or []),
     'base': plots.drift(only(['base/free'])),
     'partners': plots.partners(arms.get('base/free') or {}),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from persona_jax import pages, report
-from persona_jax.analysis import plots
+from persona_jax.analysis import judge_plots, plots
 from persona_jax.text import corpus
 
 LINES, STEPS, LAYERS = 8, 40, 30
@@ -526,7 +526,7 @@ DRAW = {
   'drift': lambda r: plots.drift(r['arms']),
   'effects': lambda r: plots.effects(r['effects']),
   'partners': lambda r: plots.partners(r['arms']['base/free']),
-  'calibration': lambda r: plots.calibration(r['judges']),
+  'calibration': lambda r: judge_plots.calibration(r['judges']),
 }
 
 

@@ -8,6 +8,10 @@ from persona_jax.analysis.looks import COLOURS
 
 _MARKS = 'osD^vPX'
 _HUES = ('vermilion', 'blue', 'green', 'purple', 'sky', 'orange', 'olive')
+_TASKS = {
+  'prompt_to_line': 'A line against the persona',
+  'line_to_line': 'A line against an earlier line',
+}
 
 
 @looks.styled
@@ -72,6 +76,51 @@ def agreement(kappas: dict) -> Figure:
   axes.set_xticks(range(len(names)), shown, rotation=40, ha='right')
   axes.set_yticks(range(len(names)), shown)
   return figure
+
+
+@looks.styled
+def calibration(judges: dict) -> Figure | None:
+  """AUC with 95 % intervals by judge, overall and by type of error."""
+  measured = lambda task: [looks.interval(c['auc']) for c in task.values()]
+  tasks = [t for t in _TASKS if looks.finite(measured(judges.get(t, {})))]
+  if not tasks:
+    return None
+  rows = {t: _named(judges[t]) for t in tasks}
+  most = max(map(len, rows.values()))
+  figure, panels = looks.grid(len(tasks), 2, 1.0 + 0.36 * most)
+  for axes, task in zip(panels, tasks, strict=True):
+    axes.axvline(0.5, color=COLOURS['ink'], linewidth=1, linestyle='--')
+    for i, (judge, record) in enumerate(judges[task].items()):
+      areas = {'all errors': record['auc'], **record['by_error']}
+      for error, area in areas.items():
+        y = rows[task].index(error) + 0.16 * (1 - 2 * i)
+        _area(axes, y, area, *looks.JUDGES.get(judge, ('ink', 'D')))
+    looks.by_name(axes, dict(enumerate(rows[task])))
+    axes.set_ylim(len(rows[task]) - most - 0.6, len(rows[task]) - 0.4)
+    axes.set_xlim(0, 1.02)
+    axes.set_title(_TASKS[task])
+    axes.set_xlabel('AUC (dashed: chance)')
+    axes.set_ylabel('type of error')
+  judged = dict.fromkeys(name for t in tasks for name in judges[t])
+  looks.key(
+    figure,
+    [
+      looks.sample(f'{name} judge', *looks.JUDGES.get(name, ('ink', 'D')))
+      for name in judged
+    ],
+  )
+  return figure
+
+
+def _named(task):
+  errors = dict.fromkeys(e for c in task.values() for e in c['by_error'])
+  return [*reversed(errors), 'all errors']
+
+
+def _area(axes, y, area, colour, mark):
+  mean, low, high = looks.interval(area)
+  axes.hlines(y, low, high, color=COLOURS[colour], linewidth=1.8)
+  axes.plot(mean, y, mark, color=COLOURS[colour], markersize=5.5)
 
 
 def _errors(card):

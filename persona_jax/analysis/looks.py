@@ -153,6 +153,14 @@ def fold(title: str, width: int) -> str:
   return '\n'.join(lines)
 
 
+def by_name(axes, names: dict[int, str]):
+  """Rows of a panel, each by its name."""
+  axes.set_yticks(list(names), list(names.values()))
+  axes.set_ylim(-0.8, max(names) + 0.8)
+  axes.grid(axis='y', visible=False)
+  axes.tick_params('y', length=0)
+
+
 def key(figure, handles):
   """One legend over all panels."""
   figure.legend(handles=handles, loc='outside upper left', ncols=7)

@@ -36,10 +36,6 @@ _TRAINING = {
 }
 _TERMS = {'reward/prompt_to_line': 'blue', 'reward/line_to_line': 'vermilion'}
 _BY_PARTNER = (looks.DRIFT[4], looks.DRIFT[0], looks.DRIFT[1])
-_TASKS = {
-  'prompt_to_line': 'A line against the persona',
-  'line_to_line': 'A line against an earlier line',
-}
 
 
 @looks.styled
@@ -151,20 +147,13 @@ def ranking(space: dict, ends: int = 12) -> Figure | None:
   names[top] = 'default Assistant'
   if between:
     names[cut + 1] = f'{len(between)} roles between'
-  _by_name(axes, names)
+  looks.by_name(axes, names)
   axes.set_xlabel(
     'projection on the Assistant axis (0 mean of roles, 1 default Assistant)'
   )
   axes.set_ylabel('role')
   looks.key(figure, [looks.sample(g, *look) for g, look in groups.items()])
   return figure
-
-
-def _by_name(axes, names):
-  axes.set_yticks(list(names), list(names.values()))
-  axes.set_ylim(-0.8, max(names) + 0.8)
-  axes.grid(axis='y', visible=False)
-  axes.tick_params('y', length=0)
 
 
 @looks.styled
@@ -305,7 +294,7 @@ def effects(
     for effect in found:
       if effect['metric'] == name:
         _effect(axes, names.index(effect['name']), effect)
-    _by_name(axes, dict(enumerate(names)))
+    looks.by_name(axes, dict(enumerate(names)))
     axes.set_title(title)
     axes.set_xlabel(f'difference ({unit})')
     axes.set_ylabel('effect')
@@ -356,48 +345,3 @@ def partners(
     column[0].set_title(kind)
   looks.key(figure, [_line(look), _line(whole)])
   return figure
-
-
-@looks.styled
-def calibration(judges: dict) -> Figure | None:
-  """AUC with 95 % intervals by judge, overall and by type of error."""
-  measured = lambda task: [looks.interval(c['auc']) for c in task.values()]
-  tasks = [t for t in _TASKS if finite(measured(judges.get(t, {})))]
-  if not tasks:
-    return None
-  rows = {t: _errors(judges[t]) for t in tasks}
-  most = max(map(len, rows.values()))
-  figure, panels = looks.grid(len(tasks), 2, 1.0 + 0.36 * most)
-  for axes, task in zip(panels, tasks, strict=True):
-    axes.axvline(0.5, color=COLOURS['ink'], linewidth=1, linestyle='--')
-    for i, (judge, record) in enumerate(judges[task].items()):
-      areas = {'all errors': record['auc'], **record['by_error']}
-      for error, area in areas.items():
-        y = rows[task].index(error) + 0.16 * (1 - 2 * i)
-        _area(axes, y, area, *looks.JUDGES.get(judge, ('ink', 'D')))
-    _by_name(axes, dict(enumerate(rows[task])))
-    axes.set_ylim(len(rows[task]) - most - 0.6, len(rows[task]) - 0.4)
-    axes.set_xlim(0, 1.02)
-    axes.set_title(_TASKS[task])
-    axes.set_xlabel('AUC (dashed: chance)')
-    axes.set_ylabel('type of error')
-  judged = dict.fromkeys(name for t in tasks for name in judges[t])
-  looks.key(
-    figure,
-    [
-      looks.sample(f'{name} judge', *looks.JUDGES.get(name, ('ink', 'D')))
-      for name in judged
-    ],
-  )
-  return figure
-
-
-def _errors(task):
-  errors = dict.fromkeys(e for c in task.values() for e in c['by_error'])
-  return [*reversed(errors), 'all errors']
-
-
-def _area(axes, y, area, colour, mark):
-  mean, low, high = looks.interval(area)
-  axes.hlines(y, low, high, color=COLOURS[colour], linewidth=1.8)
-  axes.plot(mean, y, mark, color=COLOURS[colour], markersize=5.5)
