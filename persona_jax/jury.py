@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from persona_jax import asked, data, judge, polled, remote, rewards
+from persona_jax import asked, data, entailment, judge, polled, remote, rewards
 from persona_jax import dialogue as dialogues
+from persona_jax.analysis.scorecard import Fit
 from persona_jax.dialogue import POLICY, Dialogue
 from persona_jax.lab import Lab, batches, fill
 from persona_jax.models import source
 from persona_jax.rewards.consistency import earlier_pairs
-from persona_jax.text import labelled, released, wording
+from persona_jax.text import judged, labelled, released, wording
 from persona_jax.text.labelled import Labelled
 
 _ROUND = 32  # shapes are multiples of it, so that few are compiled
@@ -112,8 +113,6 @@ def _zero_shot(name, lab):
 
 
 def _entailment(options):
-  from persona_jax import entailment
-
   if not options.entailment:
     raise ValueError(
       'the judge entailment needs an NLI cross-encoder; give it as '
@@ -248,6 +247,39 @@ def _arrays(lab, rows) -> Dialogue:
 
 def _rounded(size: int) -> int:
   return -(-size // _ROUND) * _ROUND
+
+
+class Quarrel(NamedTuple):
+  """A sentence of a persona that contradicts what stands before it."""
+
+  persona: str
+  sentence: str
+  chance: float  # that it does not
+
+
+def quarrels(
+  score: Judge, fit: Fit, personas: Iterable[str], advance: Advance
+) -> list[Quarrel]:
+  """Where a judge finds that a persona contradicts itself, the worst first.
+
+  The persona is read as if it told of itself, sentence by sentence.
+  """
+  rows = []
+  for persona in dict.fromkeys(personas):
+    said = list(entailment.sentences(judged.first_person(persona)))
+    if len(said) > 1:
+      lines = [x for sentence in said for x in (wording.ANY_LINE, sentence)]
+      labels, kinds = ('consistent',) * len(said), ('',) * len(said)
+      rows.append(
+        Row('', 'chat', tuple(lines), labels, kinds, persona, 'a persona')
+      )
+  found = []
+  for row, values in zip(rows, score(rows, advance).values, strict=True):
+    chances = fit.chance(values, ['between'] * len(values))
+    for sentence, chance in zip(row.lines[1::2], chances, strict=True):
+      if chance < fit.threshold:
+        found.append(Quarrel(row.group, sentence, float(chance)))
+  return sorted(found, key=lambda x: x.chance)
 
 
 def _some(rows, most) -> list[Row]:

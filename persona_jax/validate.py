@@ -48,7 +48,8 @@ def run(config, workdir, *, quiet: bool = False) -> dict:
       }
       for name, judge in opened.items()
     }
-  results = measured(scores, known, rows, alarms=config.jury.alarms)
+    results = measured(scores, known, rows, alarms=config.jury.alarms)
+    results['quarrels'] = _quarrels(opened, results, rows)
   results['about'] = {
     'version': metadata.version('persona_jax'),
     'config_name': config.name,
@@ -59,6 +60,18 @@ def run(config, workdir, *, quiet: bool = False) -> dict:
   metrics.write_json(workdir / 'judges.json', results)
   judges_report.write(metrics.plain(results), workdir / 'judges.html')
   return metrics.plain(results)
+
+
+def _quarrels(opened, results, rows) -> list[dict]:
+  """Personas that contradict themselves, as the first judge finds."""
+  name = results['first']
+  card = results['judges'][name]
+  fit = scorecard.Fit(*(card[field] for field in scorecard.Fit._fields))
+  if not (card['informative'] and fit.slopes.get('between')):
+    return []
+  personas = [row.persona for row in rows if row.persona]
+  found = jury.quarrels(opened[name], fit, personas, lambda count=1: None)
+  return [x._asdict() for x in found]
 
 
 def measured(scores: dict, known: Sequence[Labelled], rows, *, alarms) -> dict:

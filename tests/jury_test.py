@@ -7,6 +7,7 @@ import pytest
 from study_test import folder  # noqa: F401 (a fixture)
 
 from persona_jax import data, judge, jury, lab, main, rewards
+from persona_jax.analysis import scorecard
 from persona_jax.models import lora
 from persona_jax.text import labelled, wording
 
@@ -188,3 +189,20 @@ def test_labelled_lines_are_ours_or_the_users(config, tmp_path):
     options.released = 'a folder'
   with pytest.raises(ValueError, match='one at a time'):
     jury.rows_of(options)
+
+
+def test_a_persona_that_contradicts_itself_is_told():
+  def score(asks):
+    last = lambda x: x.history[-2] if len(x.history) > 1 else ''
+    bad = lambda x: 'never' in x.line and 'steak' in last(x)
+    return [-9.0 if bad(x) else 9.0 for x in asks]
+
+  fit = scorecard.Fit({'between': 1.0}, {'between': 0.0}, 0.5)
+  sound = 'You are Ida. You bake. You never eat meat.'
+  odd = 'You are Bo. You eat steak. You never eat meat.'
+  found = jury.quarrels(
+    jury.hosted(score), fit, [sound, odd, odd, 'You.'], _silent
+  )
+  [quarrel] = found
+  assert quarrel.persona == odd and quarrel.sentence == 'I never eat meat.'
+  assert quarrel.chance < 0.01
