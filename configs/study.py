@@ -52,7 +52,8 @@ def get_config(arg: str = 'laptop'):
     advantage=dict(),  # numbers of the algorithm's advantage, by name
     loss=dict(),  # and of its loss
     max_grad_norm=1.0,
-    adapter=dict(rank=0, alpha=32.0, targets=''),  # 0: all parameters
+    # rank=0: all parameters; start: a folder of PEFT that they go on from
+    adapter=dict(rank=0, alpha=32.0, targets='', start=''),
     microbatches=1,
     held=1 << 24,  # logits that exist at a time, over all devices
     save_every=3,

@@ -38,6 +38,11 @@ def check(config):
   for field, (value, choices) in known.items():
     if value not in choices:
       raise ValueError(f'{field}={value!r} is unknown; give one of {choices}.')
+  if config.rl.adapter.start and not config.rl.adapter.rank:
+    raise ValueError(
+      f'rl.adapter.start={config.rl.adapter.start!r} and rl.adapter.rank=0, '
+      'which trains all parameters; give the rank of that adapter.'
+    )
   algorithm = algorithms[config.rl.algorithm]
   for part in {'advantage', 'loss'} & set(algorithm._fields):
     numbered(getattr(algorithm, part), config.rl[part].to_dict())

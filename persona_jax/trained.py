@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from persona_jax.models import LanguageModel, lora
+from persona_jax import trees
+from persona_jax.models import LanguageModel, adapter_file, lora
 
 
 class Trained(NamedTuple):
@@ -35,8 +36,13 @@ def _whole(model: LanguageModel) -> Trained:
 
 def _adapter(model: LanguageModel, config) -> Trained:
   """A low-rank adapter; the model itself stays as it is."""
-  key = jax.random.fold_in(jax.random.key(config.seed), 5)
-  adapter = lora.init(model.config, key, **config.rl.adapter)
+  how = config.rl.adapter.to_dict()
+  begun = how.pop('start')
+  if begun:
+    adapter = _begun(model, begun, how['rank'])
+  else:
+    key = jax.random.fold_in(jax.random.key(config.seed), 5)
+    adapter = lora.init(model.config, key, **how)
   start, scales = lora.split(adapter)
   return Trained(
     start=start,
@@ -47,3 +53,24 @@ def _adapter(model: LanguageModel, config) -> Trained:
       'lora': lora.joined(weights, scales),
     },
   )
+
+
+def _begun(model, path, rank):
+  """The adapter of a folder of PEFT, which training goes on from.
+
+  Raises:
+    ValueError: its rank is another than the config's.
+    CheckpointError: it is damaged, or made for another model.
+  """
+  adapter = adapter_file.load(path, model)
+  [theirs, *_] = {
+    x.shape[1]
+    for name, x in trees.flatten(adapter).items()
+    if name[-2:] == '/a'
+  }
+  if theirs != rank:
+    raise ValueError(
+      f'rl.adapter.start={path} has the rank {theirs} and rl.adapter.rank is '
+      f'{rank}; give that rank.'
+    )
+  return adapter

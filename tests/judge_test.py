@@ -7,8 +7,18 @@ import numpy as np
 import pytest
 from study_test import folder  # noqa: F401 (a fixture)
 
+from persona_jax import (
+  checks,
+  judge,
+  lab,
+  learner,
+  main,
+  metrics,
+  rewards,
+  trained,
+  trees,
+)
 from persona_jax import dialogue as dialogues
-from persona_jax import judge, lab, learner, main, metrics, rewards, trees
 from persona_jax.dialogue import POLICY
 from persona_jax.models import adapter_file, lora
 from persona_jax.text import judged
@@ -129,6 +139,25 @@ def test_an_adapter_is_taken_by_its_own_model_alone(opened, tmp_path):
   metrics.write_json(file, record)
   with pytest.raises(ValueError, match='another tokenizer or chat template'):
     judge.adapter(opened, tmp_path / 'a')
+
+
+def test_training_goes_on_from_an_adapter(opened, config, tmp_path):
+  key = jax.random.key(3)
+  made = lora.init(opened.model.config, key, rank=2, alpha=4.0)
+  made = jax.tree.map(lambda x: x + 0.01, made)
+  adapter_file.save(made, opened.model, tmp_path / 'a')
+  config = config.copy_and_resolve_references()
+  main.override(config, 'rl.adapter.start', str(tmp_path / 'a'))
+  begun = trained.of(opened.model, config)
+  fakes.same(begun.policy(begun.start)['lora'], made)
+  main.override(config, 'rl.adapter.rank', '3')
+  with pytest.raises(
+    ValueError, match='has the rank 2 and rl.adapter.rank is 3'
+  ):
+    trained.of(opened.model, config)
+  main.override(config, 'rl.adapter.rank', '0')
+  with pytest.raises(ValueError, match='give the rank of that adapter'):
+    checks.check(config)
 
 
 def test_answers_must_differ(opened, monkeypatch):
