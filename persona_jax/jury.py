@@ -19,7 +19,7 @@ from persona_jax.rewards.consistency import earlier_pairs
 from persona_jax.text import judged, labelled, released, wording
 from persona_jax.text.labelled import Labelled
 
-_ROUND = 32  # shapes are multiples of it, so that few are compiled
+ROUND = 32  # shapes are multiples of it, so that few are compiled
 OTHERS = (  # personas that a line may be likelier under
   'You are Tom, a retired bus driver who lives alone with an old dog.',
   'You are a medical student from Lagos who loves chess and hates the cold.',
@@ -246,7 +246,7 @@ def _arrays(lab, rows) -> Dialogue:
 
 
 def _rounded(size: int) -> int:
-  return -(-size // _ROUND) * _ROUND
+  return -(-size // ROUND) * ROUND
 
 
 class Quarrel(NamedTuple):

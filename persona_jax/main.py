@@ -23,9 +23,9 @@ _USAGE = """usage: persona-jax PROGRAM ...
 
 {programs}
 
-A config is a file or a name among {configs}; any field can be overridden,
-as in --config.rollout.lines=8. A source is a name that `persona-jax models`
-lists, hf:org/name, a Hugging Face folder or a .gguf file."""
+A config is a file or a name among {configs}; any field can be
+overridden, as in --config.rollout.lines=8. A source is a name that
+`persona-jax models` lists, hf:org/name, a Hugging Face folder or a .gguf file."""
 
 
 def run(argv: list[str] | None = None):
@@ -264,7 +264,8 @@ PROGRAMS = {
     'which judges can be believed, on lines with known labels',
     (
       '[--config=judges[:arg]] [--workdir=DIR] [--quiet]',
-      '[--config.jury.names=trained,verdict] [--config.jury.labels=FILE]',
+      '[--config.jury.names=trained,verdict ...]',
+      '[--config.jury.labels=FILE]',
     ),
     parse_evaluate,
     _evaluate,

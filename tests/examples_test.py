@@ -236,6 +236,7 @@ def test_every_answer_as_an_example():
 
 def test_the_rows_of_the_readme_are_rows():
   readme = Path(persona_jax.__file__).parents[1] / 'README.md'
-  (block,) = re.findall(r'```json\n(.*?)```', readme.read_text(), re.S)
+  text = readme.read_text('utf-8').partition('## Your own replies')[2]
+  block = re.search(r'```json\n(.*?)```', text, re.S)[1]
   for line, kind in zip(block.splitlines(), GOOD, strict=True):
     assert examples.parse(json.loads(line), kind, where='README.md')

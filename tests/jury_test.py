@@ -12,7 +12,7 @@ from persona_jax.models import lora
 from persona_jax.text import labelled, wording
 
 PERSONA = 'You are Ida, a baker. You never eat meat.'
-ODD = ('', '🙂', 'Jeg spiser aldri kjøtt.', 'No.', 'Word ' * 60)
+ODD = ('', '🙂', 'Jeg spiser aldri kjøtt.', 'Word ' * 20)
 
 
 def _row(*lines, persona=PERSONA, labels=None):
@@ -24,13 +24,18 @@ def _row(*lines, persona=PERSONA, labels=None):
 
 
 ROWS = (
-  _row('Hello?', 'I bake.', 'Meat?', 'Never.', 'Why?', 'I like cows.'),
+  _row('Hello?', 'I bake.', 'Meat?', 'Never.'),
   _row('Who are you?', 'Ida.'),
   *(_row('And?', line) for line in ODD),
   _row('Hi.', 'I eat no meat.', 'Dinner?', 'Steak.', persona=''),
   _row('Hi.', 'I eat no meat.', persona='', labels=('neutral',)),
   _row('Meat?', 'Yes.', 'Really?', 'No.', labels=('', 'consistent')),
 )
+
+
+@pytest.fixture(autouse=True)
+def few_shapes(monkeypatch):
+  monkeypatch.setattr(jury, 'ROUND', 128)  # compiling takes most of the time
 
 
 @pytest.fixture(scope='module')
@@ -57,12 +62,11 @@ def _alone(opened, row, score):
 
 
 def test_every_line_gets_its_own_score(opened, config):
-  names = ('likelihood', 'likelihood_alone', 'verdict')
+  names = ('likelihood_alone', 'verdict')
   judges = jury.open_judges(opened, config.jury, names)
   plain = data.judges(opened.model, opened.chat)
   cue = jnp.asarray(opened.chat.encode(wording.ANY_LINE), jnp.int32)
   direct = {
-    'likelihood': plain.likelihood,
     'likelihood_alone': rewards.alone(plain.likelihood, cue),
     'verdict': plain.verdict,
   }
@@ -139,12 +143,11 @@ def test_the_host_is_asked_about_labelled_words_alone():
   assert [x.line for x in asked if x.persona] == [
     'I bake.',
     'Never.',
-    'I like cows.',
     'Ida.',
     *ODD[1:],
     'No.',
   ]
-  np.testing.assert_array_equal(found.values[0], [1, 3, 5])
+  np.testing.assert_array_equal(found.values[0], [1, 3])
   assert np.isnan(found.values[2]).all()  # no words
   np.testing.assert_array_equal(found.values[-1], [np.nan, 3])
   kept = jury.of_labels(found.values, ROWS)

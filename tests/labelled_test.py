@@ -2,9 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
+import persona_jax
 from persona_jax.text import judged, labelled, wording
 from persona_jax.text.labelled import Labelled
 
@@ -20,6 +22,7 @@ def own(text, **told):
   return {'role': 'assistant', 'content': text, **told}
 
 
+README = Path(persona_jax.__file__).parents[1] / 'README.md'
 TALK = [user('Hi!'), own('Hello.'), user('Who?'), own('Ada.', label=True)]
 
 
@@ -241,3 +244,10 @@ def test_files_that_hold_no_rows_are_told(write, tmp_path):
   path.write_bytes(path.read_bytes() + b'{"line": "caf\xe9"}\n')
   with pytest.raises(ValueError, match='line 2: byte 13 .* is no UTF-8; save'):
     labelled.read(path)
+
+
+def test_the_rows_of_the_readme_are_rows(write):
+  text = README.read_text('utf-8').partition('## Which judges can be')[2]
+  block = re.search(r'```json\n(.*?)\n```', text, re.S)[1]
+  rows = labelled.read(write(*block.splitlines()))
+  assert [row.labels for row in rows] == [('contradicts',), ('consistent',)]

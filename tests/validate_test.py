@@ -1,24 +1,42 @@
 """`evaluate --config=judges`, from labelled lines to a page."""
 
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from study_test import folder  # noqa: F401 (a fixture)
 
-from persona_jax import jury, main, metrics, validate
+from persona_jax import judge, jury, lab, main, metrics, validate
+from persona_jax.models import adapter_file, lora
 from persona_jax.text import labelled
 
 CALIBRATION = 24
 
 
+@pytest.fixture(scope='module', autouse=True)
+def few_shapes():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jury, 'ROUND', 256)  # compiling takes most of the time
+    yield
+
+
 @pytest.fixture(scope='module')
-def flags(folder):  # noqa: F811
+def flags(folder, tmp_path_factory):  # noqa: F811
+  config = main.load_config('judges')
+  main.override(config, 'model', str(folder))
+  opened = lab.open_lab(config)
+  made = lora.init(opened.model.config, jax.random.key(0), rank=2, alpha=4.0)
+  place = tmp_path_factory.mktemp('adapter') / 'judge'
+  adapter_file.save(made, opened.model, place)
+  judge.sign(place, opened.chat)
   return [
     '--quiet',
     f'--config.model={folder}',
+    f'--config.jury.adapter={place}',
     f'--config.jury.calibration={CALIBRATION}',
-    '--config.jury.names=shortness,verdict',
+    '--config.jury.names=shortness,trained',
   ]
 
 
@@ -45,36 +63,34 @@ def _run(words):
   return stop.value.code
 
 
-def test_a_users_lines_are_measured(flags, mine, tmp_path, capsys):
-  words = [*flags, f'--config.jury.labels={mine}', f'--workdir={tmp_path}']
+@pytest.fixture(scope='module')
+def words(flags, mine, tmp_path_factory):
+  place = tmp_path_factory.mktemp('judges')
+  return [*flags, f'--config.jury.labels={mine}', f'--workdir={place}']
+
+
+def test_a_users_lines_are_measured(words, mine, capsys, monkeypatch):
   main.run(['evaluate', *words])
   said = capsys.readouterr().out
   assert 'shortness' in said and 'denies (6)' in said
-  found = metrics.read_json(tmp_path / 'judges.json')
-  assert list(found['judges']) == ['shortness', 'verdict', 'ensemble']
+  place = Path(words[-1].partition('=')[2])
+  found = metrics.read_json(place / 'judges.json')
+  assert list(found['judges']) == ['shortness', 'trained', 'ensemble']
   short = found['judges']['shortness']
   assert short['auc']['mean'] in (0.5, 1.0)  # by what calibration says of it
   assert short['lines'] == 12 and short['none'] == 0
   assert found['about']['source'] == str(mine)
-  assert found['agreement']['verdict']['verdict'] in (1.0, None)
-  page = (tmp_path / 'judges.html').read_text('utf-8')
-  for word in ('<svg', 'shortness', 'verdict', 'denies', str(mine)):
+  assert found['agreement']['trained']['trained'] in (1.0, None)
+  page = (place / 'judges.html').read_text('utf-8')
+  for word in ('<svg', 'shortness', 'trained', 'denies', str(mine)):
     assert word in page
-
-
-def test_scores_that_are_there_are_not_made_again(
-  flags, mine, tmp_path, monkeypatch, capsys
-):
-  words = [*flags, f'--config.jury.labels={mine}', f'--workdir={tmp_path}']
-  main.run(['evaluate', *words])
-  first = metrics.read_json(tmp_path / 'judges.json')
 
   def none(*args):
     raise AssertionError('a judge was asked again')
 
   monkeypatch.setattr(jury, '_slots', none)
-  main.run(['evaluate', *words])
-  assert metrics.read_json(tmp_path / 'judges.json') == first
+  main.run(['evaluate', *words])  # its scores are there
+  assert metrics.read_json(place / 'judges.json') == found
   assert _run([*words, '--config.jury.alarms=0.2']) == 1  # another's workdir
   assert 'jury.alarms' in capsys.readouterr().err
 
@@ -146,7 +162,7 @@ def test_a_judge_that_is_silent_on_a_line_leaves_the_ensemble_silent():
     ('--config.jury.calibration=3', 'jury.calibration=3 is too small'),
     ('--config.jury.alarms=1.0', 'jury.alarms=1.0 is no share'),
     ('--config.jury.labels=nowhere.jsonl', 'nowhere.jsonl does not exist'),
-    ('--config.jury.names=verdict,length', "'length' is no judge"),
+    ('--config.jury.names=trained,length', "'length' is no judge"),
   ],
 )
 def test_what_cannot_be_measured_is_named(flags, flag, why, tmp_path, capsys):
