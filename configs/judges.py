@@ -20,7 +20,7 @@ def get_config(arg: str = 'laptop'):
       released='',  # dialogue files of consistent-LLMs, in one's own clone
       examples=0,  # of those, at most; 0: all
       calibration=150,  # dialogues, of other kinds of fact
-      alarms=0.05,  # of their neutral lines that a threshold may give up
+      alarms=0.1,  # share of their neutral lines that a threshold may give up
     )
     c.rollout.batch = 8  # dialogues of a pass
   if arg == 'full':

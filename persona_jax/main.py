@@ -25,7 +25,8 @@ _USAGE = """usage: persona-jax PROGRAM ...
 
 A config is a file or a name among {configs}; any field can be
 overridden, as in --config.rollout.lines=8. A source is a name that
-`persona-jax models` lists, hf:org/name, a Hugging Face folder or a .gguf file."""
+`persona-jax models` lists, hf:org/name, a Hugging Face folder or a .gguf
+file."""
 
 
 def run(argv: list[str] | None = None):

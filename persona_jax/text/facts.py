@@ -8,9 +8,10 @@ import json
 from importlib import resources
 from typing import NamedTuple
 
-TABLES = 5  # files, each with a dozen kinds of fact
+TABLES = 11  # files, each with a dozen kinds of fact
+BANKS = ('bank.json', 'bank_2.json')
 # Kinds that say much of the same: one persona has one of each, and a line that
-# is to be about something else is of none of them.
+# is to be about something else is of none of them. Rows may add `touches`.
 CLUSTERS = (
   'job workplace_hours years_in_job former_job education subject_studied '
   'commute driving money plan_next_year life_goal award_or_failure '
@@ -63,18 +64,20 @@ def facts() -> dict[str, tuple[Fact, ...]]:
   Raises:
     ValueError: a row lacks a field; names the file, the kind and the field.
   """
-  found = {}
-  for number in range(1, TABLES + 1):
-    file = f'facts_{number}.json'
-    for row in load(file)['kinds']:
-      found[row['kind']] = tuple(_fact(file, row, x) for x in row['values'])
-  return found
+  return {
+    row['kind']: tuple(_fact(file, row, x) for x in row['values'])
+    for file, row in _kinds()
+  }
 
 
 @functools.cache
 def bank() -> dict[str, tuple[str, ...]]:
   """Lines that are about no fact, by what they are."""
-  return {name: tuple(lines) for name, lines in load('bank.json').items()}
+  found = {}
+  for file in BANKS:
+    for name, lines in load(file).items():
+      found[name] = (*found.get(name, ()), *lines)
+  return found
 
 
 @functools.cache
@@ -85,7 +88,20 @@ def apart(kind: str) -> frozenset[str]:
     kinds = cluster.split()
     if kind in kinds:
       near |= set(kinds)
+  for _, row in _kinds():
+    touches = row.get('touches', ())
+    if kind in touches:
+      near.add(row['kind'])
+    if kind == row['kind']:
+      near |= set(touches)
   return frozenset(near)
+
+
+@functools.cache
+def _kinds() -> tuple[tuple[str, dict], ...]:
+  """Every row of the tables, and its file."""
+  files = [f'facts_{number}.json' for number in range(1, TABLES + 1)]
+  return tuple((file, row) for file in files for row in load(file)['kinds'])
 
 
 def load(file: str) -> dict:

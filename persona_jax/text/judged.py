@@ -17,19 +17,19 @@ RELATIONS = ('supports', 'neutral', 'contradicts')
 TASKS = ('chat', 'education', 'therapy')
 SPLITS = ('train', 'calibration')
 KINDS = {  # of lines: their relation, and how often they are drawn
-  'states': ('supports', 13),
+  'states': ('supports', 12),
   'implies': ('supports', 18),
-  'near': ('neutral', 7),
-  'small_talk': ('neutral', 9),
-  'elsewhere': ('neutral', 8),
-  'twin': ('neutral', 3),
-  'denies': ('contradicts', 10),
-  'against': ('contradicts', 17),
+  'near': ('neutral', 8),
+  'small_talk': ('neutral', 8),
+  'elsewhere': ('neutral', 12),
+  'twin': ('neutral', 5),
+  'denies': ('contradicts', 9),
+  'against': ('contradicts', 18),
   'other_value': ('contradicts', 4),
-  'role_break': ('contradicts', 3),
-  'other_party': ('contradicts', 3),
-  'third_person': ('contradicts', 3),
-  'intention': ('contradicts', 3),
+  'role_break': ('contradicts', 4),
+  'other_party': ('contradicts', 4),
+  'third_person': ('contradicts', 5),
+  'intention': ('contradicts', 4),
 }
 BETWEEN = ('states', 'implies', 'near', 'small_talk', 'denies', 'against')
 WOMEN = (
@@ -141,7 +141,7 @@ class _Maker:
     chosen = self._chosen(1 + int(rng.geometric(0.28)))
     style = str(rng.choice(list(_STYLES), p=list(_STYLES.values())))
     count = int(rng.choice((1, 2, 3, 5, 8), p=(0.1, 0.15, 0.2, 0.25, 0.3)))
-    if rng.random() < 0.15:
+    if rng.random() < 0.22:
       return self._untold(chosen, max(count, 2))
     if style == 'long':
       chosen = self._filled(chosen)
