@@ -59,12 +59,22 @@ def panel(results: dict) -> Group:
   judges = results['judges']
   whole = Table(box=None, header_style='bold', pad_edge=False)
   whole.add_column('judge')
-  for name in ('AUC', 'pairs', 'right', 'ECE', 'alarms', 'none', 'a second'):
+  for name in (
+    'AUC',
+    'raw',
+    'pairs',
+    'right',
+    'ECE',
+    'alarms',
+    'none',
+    'a second',
+  ):
     whole.add_column(name, justify='right', no_wrap=True)
   for name, card in judges.items():
     whole.add_row(
       name,
       pages.interval(card.get('auc')),
+      pages.mean((card.get('raw') or {}).get('persona')),
       pages.mean(card.get('within')),
       pages.mean(card.get('accuracy')),
       pages.number(card.get('calibration_error')),

@@ -86,7 +86,8 @@ def measured(scores: dict, known: Sequence[Labelled], rows, *, alarms) -> dict:
     fit = scorecard.fitted(of['calibration'].values, before, alarms=alarms)
     chances[name] = fit.chance(of['labelled'].values, lines.scope)
     cards[name] = _card(chances[name], lines, fit) | {
-      'per_second': of['labelled'].pace
+      'raw': _raw(of['labelled'].values, lines),
+      'per_second': of['labelled'].pace,
     }
   if len(scores) > 1:
     both = [{n: of[p].values for n, of in scores.items()} for p in _PARTS]
@@ -118,6 +119,16 @@ def _card(chance, lines, fit: scorecard.Fit) -> dict:
     'offsets': fit.offsets,
     'threshold': fit.threshold,
   }
+
+
+def _raw(scores, lines) -> dict:
+  """AUC of the scores as they are, by scope: no calibration turns it to 1/2."""
+  found = {}
+  for scope in np.unique(lines.scope):
+    rows = (lines.scope == scope) & np.isfinite(scores)
+    if rows.any():
+      found[str(scope)] = scorecard.area(scores[rows], lines.rows(rows))
+  return found
 
 
 def described(rows: Sequence[Labelled]) -> Lines:

@@ -108,7 +108,7 @@ DIGESTS = {
   'personas 1.0.0': 'adb2073bdde6ba25',
   'scenarios 1.0.0': 'e0c8b0c86c2e370d',
   'pairs 1.0.0': '2b3cca49a2f42e9a',
-  'judged 1.0.0': 'a512927159db7b56',
+  'judged 1.0.0': 'cdcdc4db2d3513b0',
   'written 1.0.0': '50a63ad45b88ea68',
 }
 

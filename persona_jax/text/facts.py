@@ -8,7 +8,7 @@ import json
 from importlib import resources
 from typing import NamedTuple
 
-TABLES = 11  # files, each with a dozen kinds of fact
+TABLES = 12  # files of some kinds of fact
 BANKS = ('bank.json', 'bank_2.json')
 # Kinds that say much of the same: one persona has one of each, and a line that
 # is to be about something else is of none of them. Rows may add `touches`.
