@@ -6,15 +6,18 @@ A trained judge scores every line of a speaker against the persona in one pass
 over the dialogue, and against all that was said before it in another. One call
 a verdict, as https://arxiv.org/abs/2511.00222 was computed: a line and the
 persona; a line and all lines before; five questions about the persona, each
-written once, then answered and graded after every line. Here a call is one
-pass that ends in one token; the paper's say a sentence first, so theirs cost
-more. FLOPs are of the model's products and the visible half of attention,
-counted by hand. The first row of calls answers what the two passes do; to the
-questions about the persona they say nothing.
+written once, then answered and graded after every line. In the first rows a
+call is one pass that ends in one token; in the last it says `--said` tokens, as
+the paper's say a sentence before their verdict: what one such call says is
+measured at the mean length, and multiplied. FLOPs are of the model's products
+and the visible half of attention, counted by hand. The first row of calls
+answers what the two passes do; to the questions about the persona they say
+nothing.
 """
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from typing import NamedTuple
@@ -45,6 +48,7 @@ def run():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--lines', type=int, default=60)
   parser.add_argument('--repeats', type=int, default=3)
+  parser.add_argument('--said', type=int, default=24)
   parser.add_argument('--model', default='smollm2-135m')
   parser.add_argument('--dtype', default='float32')
   args = parser.parse_args()
@@ -79,6 +83,17 @@ def run():
     ('and for the questions', [x for y in calls for x in y]),
   ):
     rows.append((name, lengths, len(lengths), called(opened, lengths)))
+  _, lengths, verdicts, seconds = rows[-1]
+  mean = rounded(sum(lengths) // len(lengths) + args.said)
+  words = timed(lambda: spoken(opened, mean, args.said), args.repeats)
+  rows.append(
+    (
+      f'and {args.said} tokens said by each',
+      [x + args.said for x in lengths],
+      verdicts,
+      seconds + words * len(lengths),
+    )
+  )
   print(
     f'{jax.devices()[0].device_kind}: {args.lines} lines, {body.sum()} tokens'
   )
@@ -142,6 +157,27 @@ def called(opened, lengths) -> float:
   for text in texts:
     verdict(opened.model.variables, text).block_until_ready()
   return time.perf_counter() - begun
+
+
+def spoken(opened, slots: int, count: int):
+  """So many tokens, one by one, after a text that fills the slots."""
+  voice = opened.partner
+  memory = voice.memory(1, slots)
+  functions = voice.apply, voice.unembed
+  return saying(voice.variables, memory, *functions, slots, count)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def saying(variables, memory, apply, unembed, slots, count):
+  def step(i, state):
+    token, memory = state
+    position = jnp.full((1, 1), slots - count + i, jnp.int32)
+    hidden, memory = apply(variables, token, position, memory)
+    token = jnp.argmax(unembed(variables, hidden[:, 0]), -1)
+    return token[:, None].astype(jnp.int32), memory
+
+  start = jnp.ones((1, 1), jnp.int32), memory
+  return jax.lax.fori_loop(0, count, step, start)[0]
 
 
 def rounded(size: int) -> int:
