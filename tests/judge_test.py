@@ -160,6 +160,27 @@ def test_training_goes_on_from_an_adapter(opened, config, tmp_path):
     checks.check(config)
 
 
+def test_the_judge_that_ships_is_of_some_use():
+  opened = lab.open_lab(main.load_config('judge'))
+  home = judge.SHIPPED[opened.model.name]
+  size = sum(file.stat().st_size for file in home.iterdir())
+  assert size <= 4 << 20 and (home / 'README.md').exists()
+  score = rewards.trained(judge.made(opened, judge.adapter(opened)))
+  persona = 'You are Ida, a vegetarian. You have two cats and no car.'
+  asked = 'What did you do on Sunday?'
+  fits = 'I fed my two cats and made a lentil soup.'
+  fails = (
+    "I'm a language model, so I don't have Sundays.",
+    'I drove my car to the steak house and had a big steak.',
+  )
+  rows = [
+    judged.Judged(persona, 'chat', (asked, line), (), ())
+    for line in (fits, *fails)
+  ]
+  [good, *bad] = np.asarray(score(judge.dialogues(opened.chat, rows)))[:, 1]
+  assert good > max(bad)
+
+
 def test_answers_must_differ(opened, monkeypatch):
   monkeypatch.setattr(judge.wording, 'ANSWERS', ('Yes', 'Yes!', 'No'))
   with pytest.raises(ValueError, match='not all different'):
