@@ -166,19 +166,13 @@ def test_the_judge_that_ships_is_of_some_use():
   size = sum(file.stat().st_size for file in home.iterdir())
   assert size <= 4 << 20 and (home / 'README.md').exists()
   score = rewards.trained(judge.made(opened, judge.adapter(opened)))
-  persona = 'You are Ida, a vegetarian. You have two cats and no car.'
-  asked = 'What did you do on Sunday?'
-  fits = 'I fed my two cats and made a lentil soup.'
-  fails = (
-    "I'm a language model, so I don't have Sundays.",
-    'I drove my car to the steak house and had a big steak.',
-  )
-  rows = [
-    judged.Judged(persona, 'chat', (asked, line), (), ())
-    for line in (fits, *fails)
-  ]
-  [good, *bad] = np.asarray(score(judge.dialogues(opened.chat, rows)))[:, 1]
-  assert good > max(bad)
+  pairs = {x.pair for x in judged.written() if x.kind == 'role_break'}
+  some = sorted(pairs)[:16]
+  rows = [x for x in judged.written() if x.pair in some and len(x.lines) == 2]
+  rows = [judged.Judged(x.persona, x.task, x.lines, (), ()) for x in rows]
+  odds = np.asarray(score(judge.dialogues(opened.chat, rows)))[:, 1]
+  assert len(rows) >= 12
+  assert np.mean(odds[::2] > odds[1::2]) > 0.7  # of a pair, the first fits
 
 
 def test_answers_must_differ(opened, monkeypatch):
