@@ -4,7 +4,7 @@ from persona_jax import main
 
 
 def get_config(arg: str = 'laptop'):
-  """`laptop` for two CPU cores, some 20 minutes; `full` for one GPU."""
+  """`laptop` for two CPU cores, minutes a judge; `full` for one GPU."""
   c = main.load_config('study')
   with c.unlocked():
     c.name = f'judges:{arg}'
