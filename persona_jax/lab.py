@@ -254,7 +254,10 @@ def open_lab(config, *, progress=None) -> Lab:
     progress=progress,
   )
   apply, unembed = decoder.functions(
-    loaded.config, dtype=dtype, attend=config.attend or None
+    loaded.config,
+    dtype=dtype,
+    mix=loaded.mix,
+    attend=config.attend or None,
   )
   apply = sharding.by_rows(apply, mesh)
   model = dataclasses.replace(loaded, apply=apply, unembed=unembed)

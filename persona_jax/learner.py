@@ -80,6 +80,7 @@ class Learner:
       lab.model.config,
       dtype=jnp.dtype(config.dtype),
       remat=rl.remat,
+      mix=lab.model.mix,
       attend='xla' if self._group > 1 else config.attend or None,
     )
     self._apply = sharding.by_rows(lora.adapted(model.apply), self.mesh)

@@ -28,8 +28,8 @@ from persona_jax import (
 )
 from persona_jax.analysis import calibration
 from persona_jax.batches import Encoded
-from persona_jax.models import adapter_file, decoder
-from persona_jax.models.config import DecoderConfig, Kind, Rope
+from persona_jax.models import adapter_file, decoder, experts
+from persona_jax.models.config import DecoderConfig, Experts, Kind, Rope
 
 PHASES = ('model', 'space', 'judges', 'baseline', 'rl', 'cap', 'answer')
 
@@ -59,6 +59,31 @@ def folder(smollm, tmp_path_factory):
     unembed=unembed,
   )
   path = tmp_path_factory.mktemp('model') / 'small'
+  models.save(small, path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def mixture(smollm, tmp_path_factory):
+  """As `folder`, with four experts in each layer."""
+  config = dataclasses.replace(
+    fakes.CONFIG,
+    vocab=smollm.config.vocab,
+    features=16,
+    hidden=8,
+    family='mixtral',
+    experts=Experts(count=4, active=2, normalised=True),
+  )
+  apply, unembed = decoder.functions(config)
+  start = jax.jit(decoder.init, static_argnums=0)
+  small = dataclasses.replace(
+    smollm,
+    config=config,
+    variables=start(config, jax.random.key(0)),
+    apply=apply,
+    unembed=unembed,
+  )
+  path = tmp_path_factory.mktemp('model') / 'mixture'
   models.save(small, path)
   return path
 
@@ -148,6 +173,31 @@ def test_rl_runs_on_all_devices(config, tmp_path, rank, mesh):
   leaf = jax.tree.leaves(result.policy['lora' if rank else 'params'])[0]
   assert len(leaf.sharding.device_set) == jax.device_count() > 1
   assert len(result.log) == config.rl.steps
+
+
+@pytest.mark.devices
+def test_experts_are_trained_where_they_lie(config, mixture, tmp_path):
+  logs = []
+  for mesh in ('fsdp=8', 'fsdp=2,expert=4'):
+    again = config.copy_and_resolve_references()
+    again.model, again.mesh = str(mixture), mesh
+    again.rollout.batch = 8
+    opened, result = trained(again, tmp_path / mesh, rank=0)
+    assert opened.model.mix is not experts.grouped
+    [gate] = [
+      leaf
+      for name, leaf in trees.flatten(result.policy['params']).items()
+      if name.endswith('experts/gate/kernel')
+    ]
+    ways = opened.mesh.shape['expert']
+    assert gate.addressable_shards[0].data.shape[1] == gate.shape[1] // ways
+    logs.append(result.log)
+  for left, right in zip(*logs, strict=True):
+    assert left.keys() == right.keys() and left['norm/grads'] > 0
+    for name in ('loss', 'norm/grads', 'policy/entropy'):
+      np.testing.assert_allclose(
+        left[name], right[name], rtol=1e-3, atol=1e-6, err_msg=name
+      )
 
 
 _EACH_TAKES_A_MINUTE = [

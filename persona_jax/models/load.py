@@ -37,6 +37,7 @@ class LanguageModel:
   special: Mapping[str, str]  # 'bos', 'eos', ... -> the token's text
   stop_ids: tuple[int, ...]  # any of them ends an assistant's line
   files: tuple[Path, ...] = ()  # that hold the weights
+  mix: Callable = experts.grouped  # of experts, where their weights lie
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -100,6 +101,7 @@ def load(
     special=opened.special,
     stop_ids=opened.stop_ids,
     files=opened.files,
+    mix=mix,
   )
 
 
