@@ -258,12 +258,29 @@ class Quarrel(NamedTuple):
 
 
 def quarrels(
-  score: Judge, fit: Fit, personas: Iterable[str], advance: Advance
+  score: Judge,
+  fit: Fit,
+  personas: Iterable[str],
+  sound: Iterable[str],
+  advance: Advance,
 ) -> list[Quarrel]:
   """Where a judge finds that a persona contradicts itself, the worst first.
 
-  The persona is read as if it told of itself, sentence by sentence.
+  The persona is read as if it told of itself, sentence by sentence. Told are
+  sentences that the judge likes less than any of the `sound` personas.
   """
+  known = _of_themselves(score, fit, sound, advance)
+  least = min([x.chance for x in known], default=0.0)
+  found = [
+    x
+    for x in _of_themselves(score, fit, personas, advance)
+    if x.chance < min(least, fit.threshold)
+  ]
+  return sorted(found, key=lambda x: x.chance)
+
+
+def _of_themselves(score, fit, personas, advance) -> list[Quarrel]:
+  """Every sentence of the personas that have several."""
   rows = []
   for persona in dict.fromkeys(personas):
     said = list(entailment.sentences(judged.first_person(persona)))
@@ -276,10 +293,11 @@ def quarrels(
   found = []
   for row, values in zip(rows, score(rows, advance).values, strict=True):
     chances = fit.chance(values, ['between'] * len(values))
-    for sentence, chance in zip(row.lines[1::2], chances, strict=True):
-      if chance < fit.threshold:
-        found.append(Quarrel(row.group, sentence, float(chance)))
-  return sorted(found, key=lambda x: x.chance)
+    found += [
+      Quarrel(row.group, sentence, float(chance))
+      for sentence, chance in zip(row.lines[1::2], chances, strict=True)
+    ]
+  return [x for x in found if np.isfinite(x.chance)]
 
 
 def _some(rows, most) -> list[Row]:

@@ -49,7 +49,7 @@ def run(config, workdir, *, quiet: bool = False) -> dict:
       for name, judge in opened.items()
     }
     results = measured(scores, known, rows, alarms=config.jury.alarms)
-    results['quarrels'] = _quarrels(opened, results, rows)
+    results['quarrels'] = _quarrels(opened, results, known, rows)
   results['about'] = {
     'version': metadata.version('persona_jax'),
     'config_name': config.name,
@@ -62,15 +62,15 @@ def run(config, workdir, *, quiet: bool = False) -> dict:
   return metrics.plain(results)
 
 
-def _quarrels(opened, results, rows) -> list[dict]:
+def _quarrels(opened, results, known, rows) -> list[dict]:
   """Personas that contradict themselves, as the first judge finds."""
   name = results['first']
   card = results['judges'][name]
   fit = scorecard.Fit(*(card[field] for field in scorecard.Fit._fields))
   if not (card['informative'] and fit.slopes.get('between')):
     return []
-  personas = [row.persona for row in rows if row.persona]
-  found = jury.quarrels(opened[name], fit, personas, lambda count=1: None)
+  told = [[row.persona for row in x if row.persona] for x in (rows, known)]
+  found = jury.quarrels(opened[name], fit, *told, lambda count=1: None)
   return [x._asdict() for x in found]
 
 

@@ -198,14 +198,15 @@ def test_a_persona_that_contradicts_itself_is_told():
   def score(asks):
     last = lambda x: x.history[-2] if len(x.history) > 1 else ''
     bad = lambda x: 'never' in x.line and 'steak' in last(x)
-    return [-9.0 if bad(x) else 9.0 for x in asks]
+    return [-9.0 if bad(x) else -5.0 if 'cold' in x.line else 9 for x in asks]
 
   fit = scorecard.Fit({'between': 1.0}, {'between': 0.0}, 0.5)
-  sound = 'You are Ida. You bake. You never eat meat.'
+  fine = 'You are Ida. You bake. You never eat meat. You feel cold.'
   odd = 'You are Bo. You eat steak. You never eat meat.'
-  found = jury.quarrels(
-    jury.hosted(score), fit, [sound, odd, odd, 'You.'], _silent
-  )
-  [quarrel] = found
+  personas = [fine, odd, odd, 'You.']
+  sound = ['You are Al. You run. You hate the cold.']
+  [quarrel] = jury.quarrels(jury.hosted(score), fit, personas, sound, _silent)
   assert quarrel.persona == odd and quarrel.sentence == 'I never eat meat.'
-  assert quarrel.chance < 0.01
+  assert quarrel.chance < 0.01  # the cold is as unlikely where all is well
+  found = jury.quarrels(jury.hosted(score), fit, personas, [odd], _silent)
+  assert not found
