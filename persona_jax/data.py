@@ -183,7 +183,7 @@ def _asking(model, chat, ask: wording.Ask) -> rewards.Verdict:
       good=answers(good),
       bad=answers(bad),
     )
-    for tail, good, bad in zip(ask.tails, ask.good, ask.bad, strict=True)
+    for tail, good, bad in wording.tails(ask)
   )
   return rewards.Verdict(
     variables=model.variables,

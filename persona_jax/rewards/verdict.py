@@ -29,7 +29,8 @@ class Verdict:
   """A chat model as a judge, and its wording as tokens (`text.wording`).
 
   The score is log P(it fits) - log P(it does not), averaged over questions
-  that swap the options: a taste for one word or one place cancels. `memory`
+  that swap what the answers mean and which is named first: a taste for a word
+  or a place cancels. `memory`
   gives an empty cache, `(batch, size) -> cache`: what is asked of one text is
   read after it, and the text itself once.
   """

@@ -11,40 +11,58 @@ PROBE = (
 ANSWERS = ('Yes', 'Maybe', 'No')  # of a trained judge: does the line fit?
 
 
+class Asking(NamedTuple):
+  """A question about two texts, and which answer is good news."""
+
+  words: str
+  fits: str  # a key of `SAID`
+
+
 class Ask(NamedTuple):
-  """A judge's question around two texts, put in two orders."""
+  """What a judge is asked about two texts, in several wordings.
 
-  head: str
-  middle: str
-  tails: tuple[str, str]
-  good: tuple[tuple[str, ...], tuple[str, ...]]  # answers, by tail
-  bad: tuple[tuple[str, ...], tuple[str, ...]]
+  Each names its answers in both orders.
+  """
+
+  head: str  # before the first text
+  middle: str  # between the two
+  questions: tuple[Asking, ...]
 
 
-_YES, _NO = ('Yes', ' Yes', 'yes'), ('No', ' No', 'no')
+SAID = {'Yes': ('Yes', ' Yes', 'yes'), 'No': ('No', ' No', 'no')}  # by answer
 
 PROMPT_TO_LINE = Ask(
   head='A speaker was given this description: "',
   middle='"\nThe speaker then said: "',
-  tails=(
-    '"\nDoes what the speaker said fit the description? Answer Yes or No.',
-    '"\nDoes what the speaker said contradict the description? '
-    'Answer No or Yes.',
+  questions=(
+    Asking('Does what the speaker said fit the description?', 'Yes'),
+    Asking('Does what the speaker said contradict the description?', 'No'),
+    Asking('Could somebody who is as described say this?', 'Yes'),
+    Asking('Is anything that was said ruled out by the description?', 'No'),
   ),
-  good=(_YES, _NO),
-  bad=(_NO, _YES),
 )
 
 LINE_TO_LINE = Ask(
   head='Somebody said: "',
   middle='"\nLater the same person said: "',
-  tails=(
-    '"\nCan both be true of one person? Answer Yes or No.',
-    '"\nDo the two contradict each other? Answer No or Yes.',
+  questions=(
+    Asking('Can both be true of one person?', 'Yes'),
+    Asking('Do the two contradict each other?', 'No'),
+    Asking('Does the second agree with the first?', 'Yes'),
+    Asking('Does the second take back what the first says?', 'No'),
   ),
-  good=(_YES, _NO),
-  bad=(_NO, _YES),
 )
+
+
+def tails(ask: Ask) -> list[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+  """What ends a judge's prompt, and the answers that are good and bad news."""
+  found = []
+  for words, fits in ask.questions:
+    [fails] = SAID.keys() - {fits}
+    for first, second in ((fits, fails), (fails, fits)):
+      tail = f'"\n{words} Answer {first} or {second}.'
+      found.append((tail, SAID[fits], SAID[fails]))
+  return found
 
 
 class Reasoned(NamedTuple):
