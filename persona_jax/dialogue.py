@@ -53,8 +53,9 @@ class Dialogue:
   live: Bool[Array, ' B']  # False for rows that only fill up a batch
   played: Played | None = None
   # What the speaker's model kept of each token as it was said, by layer; zero
-  # for the last token of a line, which is read with the next.
-  kept: Float[Array, 'B N T L'] | None = None
+  # for the last token of a line, which is read with the next. [T L ...], or
+  # [L ...] where it was summed.
+  kept: Float[Array, 'B N ...'] | None = None
 
   @property
   def body(self) -> Int[Array, 'B N']:

@@ -400,6 +400,41 @@ def test_what_is_kept_of_each_token_is_that_of_one_pass(key):
   assert not said.kept[~fed].any() and np.all(np.any(said.kept[fed], axis=-1))
 
 
+WHOLE = taps.keep(models[0].apply, lambda tap, x: x)
+
+
+def test_whole_activations_are_summed_over_a_line(key):
+  scenario = fakes.scenario(BATCH)
+  speaker = fakes.speaker(models[0], fakes.no_caps(), BATCH, STOPS['some'])
+  summing = dataclasses.replace(speaker, apply=WHOLE, captures=True, sums=True)
+  said = fakes.talk(key, both_seats(summing), scenario)
+  assert said.kept.shape == (BATCH, LINES, 2, fakes.CONFIG.features)
+  read = jax.jit(WHOLE)
+  fed = np.arange(TOKENS) < np.asarray(said.length)[..., None] - 1
+  fed[:, 0] = False
+  for who in range(2):
+    seen = view(said, who, fakes.FRAMES[who])
+    _, kept = read(models[0].stacked, seen.tokens, seen.positions)  # [L B S D]
+    place = np.asarray(seen.before).reshape(BATCH, -1) + 1
+    tokens = np.take_along_axis(
+      np.asarray(kept), place[None, ..., None], axis=2
+    ).reshape(2, BATCH, LINES, TOKENS, -1)
+    want = np.einsum('lbntd,bnt->bnld', tokens, fed)
+    own = np.arange(who, LINES, 2)
+    np.testing.assert_allclose(
+      said.kept[:, own], want[:, own], atol=1e-4, rtol=1e-4
+    )
+  assert np.any(said.kept[:, 1:])
+
+
+def test_speakers_that_keep_unlike_shapes_are_refused(key):
+  cap = fakes.speaker(models[0], PROBES, BATCH, STOPS['some'])
+  one = dataclasses.replace(cap, apply=KEEPING, captures=True)
+  other = dataclasses.replace(cap, apply=WHOLE, captures=True, sums=True)
+  with pytest.raises(ValueError, match=r'the shapes \(2, 32\) and \(6, 2\)'):
+    fakes.talk(key, (one, other), fakes.scenario(BATCH))
+
+
 def test_settings_for_other_rows_are_refused(key):
   with pytest.raises(ValueError, match='for 4 rows and the scenario has 5'):
     fakes.talk(key, cast(temperature=jnp.ones(4)), fakes.scenario(BATCH))

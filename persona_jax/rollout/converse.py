@@ -106,14 +106,19 @@ def begin(on: Stage) -> Talk:
     )
   lanes = jax.vmap(lambda given: lanes_.begin(rules, given, each))(on.given)
   voices = tuple(_voice(speaker, on) for speaker in on.speakers)
-  kept = [voice.kept.shape[1] for voice in voices if voice.kept is not None]
-  if len(set(kept)) > 1:
+  kept = {
+    ((() if speaker.sums else (rules.tokens,)), voice.kept.shape[1:])
+    for speaker, voice in zip(on.speakers, voices, strict=True)
+    if voice.kept is not None
+  }
+  if len(kept) > 1:
+    shapes = ' and '.join(str((*a, *b)) for a, b in sorted(kept))
     raise ValueError(
-      f'the speakers keep {kept} numbers of a token; let one of them capture, '
-      'or as many.'
+      f'what the speakers keep of a line has the shapes {shapes}; let one of '
+      'them capture, or both alike.'
     )
-  if kept:
-    said = said.replace(kept=zeros(jnp.float32, rules.tokens, kept[0]))
+  for each, of_token in kept:
+    said = said.replace(kept=zeros(jnp.float32, *each, *of_token))
   seen = None
   if on.given.sampling.repetition is not None:
     width = max(_vocab(x, v) for x, v in zip(on.speakers, voices, strict=True))
@@ -176,7 +181,9 @@ def _voice(speaker, on):
     caches=caches,
     front=jnp.full(on.lanes, speaker.who[0], jnp.int32),
     hidden=jnp.zeros((on.lanes, hidden.shape[2]), hidden.dtype),
-    kept=None if kept is None else jnp.zeros((on.lanes, kept.shape[0])),
+    kept=None
+    if kept is None
+    else jnp.zeros((on.lanes, kept.shape[0], *kept.shape[3:])),
   )
 
 

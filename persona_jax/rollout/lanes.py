@@ -71,7 +71,9 @@ class Said:
   terminated: Bool[Array, '*R Q']
   truncated: Bool[Array, '*R Q']
   state: PyTree
-  kept: Float[Array, '*R Q N T L'] | None  # of each token, where it was read
+  kept: (
+    Float[Array, '...'] | None
+  )  # [*R Q N T L ...], or [*R Q N L ...] of sums
 
 
 @struct.dataclass
@@ -169,6 +171,12 @@ def note(said: Said, lanes: Lanes, kept, where) -> Said:
   """Puts down what was kept of each lane's last token."""
   at = (_rows(said, lanes, where), lanes.line, lanes.count - 1)
   return said.replace(kept=said.kept.at[at].set(kept, mode='drop'))
+
+
+def add(said: Said, lanes: Lanes, kept, where) -> Said:
+  """Adds what was kept of each lane's last token to its line's sum."""
+  at = (_rows(said, lanes, where), lanes.line)
+  return said.replace(kept=said.kept.at[at].add(kept, mode='drop'))
 
 
 def write_line(said: Said, lanes: Lanes, line: Line, where) -> Said:

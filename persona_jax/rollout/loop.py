@@ -55,7 +55,7 @@ class Voice:
   caches: tuple[Any, ...]
   front: Int[Array, ' B']  # the seat of the first cache
   hidden: Float[Array, 'B D']
-  kept: Float[Array, 'B L'] | None  # of the last token that was said
+  kept: Float[Array, 'B L ...'] | None  # of the last token that was said
 
 
 @struct.dataclass
@@ -162,7 +162,7 @@ def _step(speakers, rules, given, talk):
       return voice.replace(
         hidden=hidden,
         caches=(cache, *voice.caches[1:]),
-        kept=None if kept is None else kept[..., 0].T,
+        kept=None if kept is None else jnp.moveaxis(kept[:, :, 0], 0, 1),
       )
 
     old = talk.voices[i]
@@ -171,8 +171,9 @@ def _step(speakers, rules, given, talk):
     )
     if speaker.captures:
       here = fed & (voice == i)
-      said = jax.vmap(lanes_.note)(
-        said, lanes, voices[i].kept.reshape(*fed.shape, -1), here
+      kept = voices[i].kept
+      said = jax.vmap(lanes_.add if speaker.sums else lanes_.note)(
+        said, lanes, kept.reshape(*fed.shape, *kept.shape[1:]), here
       )
   seen = talk.seen
   if seen is not None:

@@ -20,7 +20,7 @@ class Reply:
   stopped: Bool[Array, ' B']
   logprobs: Float[Array, 'B T']
   raw_logprobs: Float[Array, 'B T']
-  kept: Float[Array, 'B T L'] | None  # as `Dialogue.kept`
+  kept: Float[Array, 'B ...'] | None  # as `Dialogue.kept`
 
   @property
   def body(self) -> Int[Array, ' B']:

@@ -25,7 +25,8 @@ class Speaker:
   their leaves with an axis of seats in front (`edits.by_seat`).
 
   With `captures` its `apply` is one of `taps.keep`, and what it keeps of each
-  token it says, `[L B T]`, is in `Dialogue.kept`.
+  token it says, `[L B T ...]`, is in `Dialogue.kept`; with `sums` too, only its
+  sum over a line: memory for whole activations, `[L B T D]`.
   """
 
   variables: PyTree
@@ -35,6 +36,7 @@ class Speaker:
   memory: Callable = struct.field(pytree_node=False)  # (batch, size) -> a Cache
   who: tuple[int, ...] = struct.field(pytree_node=False, default=())
   captures: bool = struct.field(pytree_node=False, default=False)
+  sums: bool = struct.field(pytree_node=False, default=False)
   own: PyTree = None
 
   def read(self, cache, tokens, positions, seat):
